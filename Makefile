@@ -1,0 +1,30 @@
+# Everything works on a fresh Debian machine with Go, make and git. As root, `make test` installs the
+# clients that it pulls with; otherwise tests that need them are skipped and say so.
+export CGO_ENABLED ?= 0
+LINT := go tool -modfile=.ci/tools.mod golangci-lint
+
+build:
+	go build -trimpath -o bin/breakwater ./cmd/breakwater
+
+run: build
+	bin/breakwater serve
+
+test:
+	testdata/install.sh
+	CGO_ENABLED=1 go test -race ./...
+
+lint:
+	$(LINT) run
+	go vet ./...
+
+fuzz:
+	testdata/fuzz.sh 30s
+
+bench:
+	testdata/install.sh
+	go run ./cmd/bench
+
+demo:
+	go run ./cmd/demo
+
+.PHONY: build run test lint fuzz bench demo

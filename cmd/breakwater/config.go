@@ -1,0 +1,73 @@
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"breakwater/pkg/config"
+
+	"github.com/spf13/cobra"
+)
+
+func configCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "config",
+		Short: "Check, show and describe the configuration",
+		Example: `  breakwater config check breakwater.yaml
+  breakwater config show breakwater.yaml`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(&cobra.Command{
+		Use:     "check [FILE]",
+		Short:   "Say what is wrong with a configuration, all of it, with file and line",
+		Example: "  breakwater config check breakwater.yaml",
+		Args:    oneFile,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if _, err := config.Load(fileOf(args), os.Environ(), nil); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "the configuration is good")
+			return err
+		},
+	}, &cobra.Command{
+		Use:     "show [FILE]",
+		Short:   "Print the configuration in force: file and environment over defaults, no secrets",
+		Example: "  BREAKWATER_LISTEN=127.0.0.1:6000 breakwater config show breakwater.yaml",
+		Args:    oneFile,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := config.Load(fileOf(args), os.Environ(), nil)
+			if err != nil {
+				return err
+			}
+			text, err := cfg.Show()
+			if err != nil {
+				return err
+			}
+			_, err = cmd.OutOrStdout().Write(text)
+			return err
+		},
+	}, printCommand("schema", "Print the JSON Schema of the configuration, for editors", config.Schema),
+		printCommand("example", "Print a commented configuration to begin with", config.Example))
+	return cmd
+}
+
+func printCommand(use, short string, text func() []byte) *cobra.Command {
+	return &cobra.Command{
+		Use:     use,
+		Short:   short,
+		Example: "  breakwater config " + use,
+		Args:    noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := cmd.OutOrStdout().Write(text())
+			return err
+		},
+	}
+}
+
+func fileOf(args []string) string {
+	if len(args) == 0 {
+		return ""
+	}
+	return args[0]
+}

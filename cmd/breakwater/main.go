@@ -1,0 +1,84 @@
+// Command breakwater is a pull-through registry mirror that goes on serving when the registries
+// behind it do not. See README.md.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker for releases.
+var version = "devel"
+
+// usageError is a mistake on the command line: exit code 2.
+type usageError struct{ error }
+
+func main() {
+	err := rootCommand().Execute()
+	if err == nil {
+		return
+	}
+	fmt.Fprintln(os.Stderr, "breakwater:", err)
+	if errors.As(err, new(usageError)) {
+		os.Exit(2)
+	}
+	os.Exit(1)
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "breakwater",
+		Short: "A pull-through registry mirror that outlives its registries",
+		Long: `Breakwater sits on a build host or cluster node, answers pulls from its own disk, and fetches what it
+lacks from upstream registries behind circuit breakers: an upstream's outage touches only images that
+nobody has ever pulled.`,
+		Example: `  breakwater serve                                  # Docker Hub, quay.io, ghcr.io and more on 127.0.0.1:5000
+  breakwater serve --config breakwater.yaml
+  breakwater config example > breakwater.yaml       # a commented configuration to begin with`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.AddCommand(serveCommand(), configCommand(), versionCommand())
+	return root
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "version",
+		Short:   "Print the version",
+		Example: "  breakwater version",
+		Args:    noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			v, toolchain := version, ""
+			if info, ok := debug.ReadBuildInfo(); ok {
+				toolchain = info.GoVersion
+				for _, s := range info.Settings {
+					if s.Key == "vcs.revision" && version == "devel" {
+						v += " " + s.Value
+					}
+				}
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "breakwater %s (%s)\n", v, toolchain)
+			return err
+		},
+	}
+}
+
+func noArguments(cmd *cobra.Command, args []string) error {
+	if err := cobra.NoArgs(cmd, args); err != nil {
+		return usageError{err}
+	}
+	return nil
+}
+
+func oneFile(cmd *cobra.Command, args []string) error {
+	if err := cobra.MaximumNArgs(1)(cmd, args); err != nil {
+		return usageError{err}
+	}
+	return nil
+}

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"breakwater/pkg/config"
+	"breakwater/proxy"
+	"breakwater/storage"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// Bounds of a connection. A body's own deadline moves with its progress (proxy).
+const (
+	readHeaderTimeout = 5 * time.Second
+	writeTimeout      = 60 * time.Second
+	idleTimeout       = 120 * time.Second
+	maxHeaderBytes    = 64 << 10
+	// stopTimeout is how long downloads may go on after SIGTERM.
+	stopTimeout = 30 * time.Second
+)
+
+func serveCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the mirror",
+		Long: `Run the mirror until SIGTERM or SIGINT, which let running downloads finish for 30 s. SIGHUP reads the
+configuration again; a mistake in it is logged and changes nothing.`,
+		Example: `  breakwater serve
+  breakwater serve --config /etc/breakwater/config.yaml
+  breakwater serve --listen 127.0.0.1:6000 --data /var/cache/breakwater`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			flags := map[string]string{}
+			cmd.Flags().Visit(func(f *pflag.Flag) {
+				if f.Name != "config" {
+					flags[f.Name] = f.Value.String()
+				}
+			})
+			load := func() (*config.Config, error) { return config.Load(file, os.Environ(), flags) }
+			return serve(cmd.Context(), load, cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default: none, which is a good configuration)")
+	cmd.Flags().String("listen", "", "`ADDRESS` of the registry API (default 127.0.0.1:5000)")
+	cmd.Flags().String("admin", "", "`ADDRESS` of health and metrics (default 127.0.0.1:5001)")
+	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
+	cmd.Flags().String("capacity", "", "`SIZE` of the store: 50GiB, 80%, auto")
+	cmd.Flags().String("log-format", "", "text, json, or auto: text on a terminal")
+	cmd.Flags().String("log-level", "", "debug, info, warn or error")
+	return cmd
+}
+
+// serve runs the mirror until a signal ends it.
+func serve(ctx context.Context, load func() (*config.Config, error), out io.Writer) error {
+	cfg, err := load()
+	if err != nil {
+		return err
+	}
+	logger := newLogger(cfg.Log, out)
+	api, err := net.Listen("tcp", cfg.Listen) // first of all: clients may come while the rest opens
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer api.Close()
+	admin, err := net.Listen("tcp", cfg.Admin)
+	if err != nil {
+		return fmt.Errorf("listen for admin: %w", err)
+	}
+	defer admin.Close()
+	capacity, err := cfg.Capacity.In(cfg.Data)
+	if err != nil {
+		return fmt.Errorf("capacity: %w", err)
+	}
+	store, err := storage.Open(storage.Config{Dir: cfg.Data, Capacity: capacity, Logger: logger})
+	if err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	defer func() {
+		if err := store.Close(); err != nil {
+			logger.Error("store not closed cleanly", "err", err)
+		}
+	}()
+	mirror, err := proxy.New(proxy.Config{Config: cfg, Store: store, Logger: logger})
+	if err != nil {
+		return err
+	}
+	servers := []*http.Server{newServer(mirror, logger), newServer(mirror.Admin(), logger)}
+	failed := make(chan error, len(servers))
+	go func() {
+		if cfg.TLS.CertFile != "" {
+			failed <- servers[0].ServeTLS(api, cfg.TLS.CertFile, cfg.TLS.KeyFile)
+			return
+		}
+		failed <- servers[0].Serve(api)
+	}()
+	go func() { failed <- servers[1].Serve(admin) }()
+	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "data", cfg.Data, "capacity", capacity)
+	err = untilStopped(ctx, failed, func() { reload(load, cfg, mirror, logger) })
+	stop(servers, mirror, logger)
+	return err
+}
+
+// untilStopped returns nil on a signal to stop, or what a listener failed with.
+func untilStopped(ctx context.Context, failed <-chan error, hangup func()) error {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	for {
+		select {
+		case s := <-signals:
+			if s != syscall.SIGHUP {
+				return nil
+			}
+			hangup()
+		case err := <-failed:
+			return fmt.Errorf("serve: %w", err)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// stop stops accepting, and lets responses and the downloads behind them go on for stopTimeout.
+func stop(servers []*http.Server, mirror *proxy.Mirror, logger *slog.Logger) {
+	logger.Info("stopping", "within", stopTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	for _, server := range servers {
+		if err := server.Shutdown(ctx); errors.Is(err, context.DeadlineExceeded) {
+			logger.Warn("downloads cut by the stop")
+			_ = server.Close()
+		}
+	}
+	mirror.Close(ctx)
+	logger.Info("stopped")
+}
+
+// reload makes a changed configuration the one in force, as far as it can change while running.
+func reload(load func() (*config.Config, error), started *config.Config, mirror *proxy.Mirror, logger *slog.Logger) {
+	cfg, err := load()
+	if err == nil {
+		err = mirror.Use(cfg)
+	}
+	if err != nil {
+		logger.Error("configuration not reloaded; the old one stays in force", "err", err)
+		return
+	}
+	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Data != started.Data ||
+		cfg.Capacity != started.Capacity || cfg.TLS != started.TLS || cfg.Log != started.Log {
+		logger.Warn("configuration reloaded; listen, admin, data, capacity, tls and log change at the next start")
+		return
+	}
+	logger.Info("configuration reloaded")
+}
+
+func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: readHeaderTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
+}
+
+// newLogger writes text for people and JSON for machines.
+func newLogger(cfg config.Log, out io.Writer) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(cfg.Level)) // config has checked it
+	options := &slog.HandlerOptions{Level: level}
+	format := cfg.Format
+	if file, ok := out.(*os.File); format == config.LogAuto && ok {
+		if info, err := file.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			format = config.LogText
+		}
+	}
+	if format == config.LogText {
+		return slog.New(slog.NewTextHandler(out, options))
+	}
+	return slog.New(slog.NewJSONHandler(out, options))
+}

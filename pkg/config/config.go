@@ -1,0 +1,179 @@
+// Package config hides where Breakwater's configuration comes from: defaults, a YAML file, the
+// environment and flags, in that order. It promises that what Load returns is complete, keeps every
+// rule that Validate knows, and is all that the program needs to be told; and that what it refuses
+// is refused with every mistake at once, each with its place and what to write instead.
+package config
+
+import (
+	"cmp"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"go.yaml.in/yaml/v4"
+)
+
+// Config is the whole configuration. Its comments are short: schema.json describes each key to those
+// who write a file.
+type Config struct {
+	Listen          string              `yaml:"listen"`                 // host:port of the registry API, loopback only
+	Admin           string              `yaml:"admin"`                  // host:port of health and metrics
+	ServerNames     []string            `yaml:"server_names,omitempty"` // further names that clients may use as Host
+	TLS             TLS                 `yaml:"tls,omitempty"`          // the zero value serves plain HTTP
+	Data            string              `yaml:"data"`                   // the store's folder; absolute once loaded
+	Capacity        Size                `yaml:"capacity"`               // of the store
+	Log             Log                 `yaml:"log"`
+	DefaultRegistry string              `yaml:"default_registry"` // what a bare path means; a key of Registries
+	AnyRegistry     bool                `yaml:"any_registry"`     // also ask registries that are not configured
+	Hosts           map[string]string   `yaml:"hosts,omitempty"`  // host name that a client uses -> key of Registries
+	Public          []string            `yaml:"public,omitempty"` // patterns of repositories, see IsPublic
+	Tags            Tags                `yaml:"tags"`             // for all registries; ask TagsFor
+	Registries      map[string]Registry `yaml:"registries"`       // by the name that clients ask for
+}
+
+// TLS names the files of the listener's certificate.
+type TLS struct {
+	CertFile string `yaml:"cert_file,omitempty"`
+	KeyFile  string `yaml:"key_file,omitempty"`
+}
+
+// Log says how the log is written.
+type Log struct {
+	Format string `yaml:"format"` // LogAuto, LogText or LogJSON
+	Level  string `yaml:"level"`  // debug, info, warn or error, as slog.Level reads them
+}
+
+// The formats of the log. LogAuto is text on a terminal and JSON elsewhere.
+const (
+	LogAuto = "auto"
+	LogText = "text"
+	LogJSON = "json"
+)
+
+// Registry is how one registry is reached. Load gives one that names no upstreams its own address.
+type Registry struct {
+	Upstreams    []Upstream            `yaml:"upstreams"`              // asked in this order
+	Tags         Tags                  `yaml:"tags,omitempty"`         // ask TagsFor
+	Repositories map[string]Repository `yaml:"repositories,omitempty"` // by full name: library/alpine
+}
+
+// Repository overrides its registry's settings.
+type Repository struct {
+	Tags Tags `yaml:"tags,omitempty"` // ask TagsFor
+}
+
+// Upstream is one server that can answer for a registry.
+type Upstream struct {
+	URL              string      `yaml:"url"`                         // scheme and host, nothing behind them
+	RepositoryPrefix string      `yaml:"repository_prefix,omitempty"` // "quay/": org/app is quay/org/app there
+	Credentials      Credentials `yaml:"credentials,omitempty"`       // the zero value is anonymous
+}
+
+// Credentials are what an upstream is told when it asks who we are. The password itself stays in its
+// file: it is read when it is needed, and never kept here.
+type Credentials struct {
+	Username     string `yaml:"username,omitempty"`
+	PasswordFile string `yaml:"password_file,omitempty"`
+}
+
+// Tags is how long a stored tag is answered, and when an upstream's refusal is obeyed. What is not
+// set, a zero value, is as the level above says.
+type Tags struct {
+	FreshFor          Duration `yaml:"fresh_for,omitempty"`          // since it was confirmed: answered without asking
+	MaxStale          Duration `yaml:"max_stale,omitempty"`          // since it was confirmed: answered while upstream is out; 0s never, Unlimited always
+	RevalidateTimeout Duration `yaml:"revalidate_timeout,omitempty"` // without progress upstream, before the stored tag is answered
+	OnDenied          string   `yaml:"on_denied,omitempty"`          // 401 after a token, 403: Refuse or Stale
+	OnNotFound        string   `yaml:"on_not_found,omitempty"`       // 404: Refuse or Stale
+}
+
+// What Tags does when an upstream that is well refuses a tag that is stored.
+const (
+	Refuse = "refuse" // pass the refusal on
+	Stale  = "stale"  // answer the stored tag, marked stale
+)
+
+// defaults is the configuration that holds when nobody says anything.
+func defaults() *Config {
+	return &Config{
+		Listen:          "127.0.0.1:5000",
+		Admin:           "127.0.0.1:5001",
+		Data:            defaultData(),
+		Capacity:        Size{}, // auto
+		Log:             Log{Format: LogAuto, Level: "info"},
+		DefaultRegistry: oci.DockerHub,
+		Tags: Tags{
+			FreshFor:          Set(0),
+			MaxStale:          Set(Unlimited),
+			RevalidateTimeout: Set(1500 * time.Millisecond),
+			OnDenied:          Refuse,
+			OnNotFound:        Refuse,
+		},
+		Registries: map[string]Registry{
+			oci.DockerHub:         {Upstreams: []Upstream{{URL: "https://registry-1.docker.io"}}},
+			"gcr.io":              {Upstreams: []Upstream{{URL: "https://gcr.io"}}},
+			"ghcr.io":             {Upstreams: []Upstream{{URL: "https://ghcr.io"}}},
+			"mcr.microsoft.com":   {Upstreams: []Upstream{{URL: "https://mcr.microsoft.com"}}},
+			"public.ecr.aws":      {Upstreams: []Upstream{{URL: "https://public.ecr.aws"}}},
+			"quay.io":             {Upstreams: []Upstream{{URL: "https://quay.io"}}},
+			"registry.gitlab.com": {Upstreams: []Upstream{{URL: "https://registry.gitlab.com"}}},
+			"registry.k8s.io":     {Upstreams: []Upstream{{URL: "https://registry.k8s.io"}}},
+		},
+	}
+}
+
+// defaultData is the system's folder for root and the user's cache folder for others; "" if there is
+// none, which Validate refuses.
+func defaultData() string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/breakwater"
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(cache, "breakwater")
+}
+
+// TagsFor is what holds for the tags of a repository: key by key, what its own entry says, else its
+// registry's, else the general one, else the default. Nothing in it is unset.
+func (c *Config) TagsFor(repo oci.Repository) Tags {
+	registry := c.Registries[repo.Registry]
+	return registry.Repositories[repo.Name].Tags.over(registry.Tags).over(c.Tags).over(defaults().Tags)
+}
+
+// over is t, with the keys that it does not set from u.
+func (t Tags) over(u Tags) Tags {
+	return Tags{
+		FreshFor:          cmp.Or(t.FreshFor, u.FreshFor),
+		MaxStale:          cmp.Or(t.MaxStale, u.MaxStale),
+		RevalidateTimeout: cmp.Or(t.RevalidateTimeout, u.RevalidateTimeout),
+		OnDenied:          cmp.Or(t.OnDenied, u.OnDenied),
+		OnNotFound:        cmp.Or(t.OnNotFound, u.OnNotFound),
+	}
+}
+
+// IsPublic reports whether a pattern of Public says that everybody may have this repository, whatever
+// credential it was fetched with. In a pattern `*` stands for any characters but a slash; a pattern
+// that ends in `*` also takes in all that lies below what it matches: quay.io/org/* holds
+// quay.io/org/app and quay.io/org/app/cache, but not quay.io/org.
+func (c *Config) IsPublic(repo oci.Repository) bool {
+	for _, pattern := range c.Public {
+		for name := repo.String(); name != "."; name = path.Dir(name) {
+			if ok, err := path.Match(pattern, name); ok && err == nil {
+				return true
+			}
+			if !strings.HasSuffix(pattern, "*") {
+				break
+			}
+		}
+	}
+	return false
+}
+
+// Show is the configuration in force as a file that Load accepts. It names the files of secrets, and
+// holds nothing of what is in them.
+func (c *Config) Show() ([]byte, error) { return yaml.Dump(c) }

@@ -1,0 +1,446 @@
+package config
+
+import (
+	"encoding"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"go.yaml.in/yaml/v4"
+)
+
+var update = flag.Bool("update", false, "write golden files")
+
+// same compares configurations; an empty list says what none says.
+var same = cmp.Options{cmpopts.EquateEmpty(), cmp.Comparer(func(a, b Duration) bool { return a == b })}
+
+// folder is a copy of testdata with secrets of several modes beside it, which git would not keep.
+func folder(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS("testdata")); err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]os.FileMode{"good.pw": 0o600, "world.pw": 0o604, "group.pw": 0o640, "tls.crt": 0o644, "tls.key": 0o400, "empty.pw": 0o600} {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, []byte("hunter2"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if name == "empty.pw" {
+			if err := os.Truncate(file, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// TestH42Mistakes holds the whole text that a user sees for each file of mistakes.
+func TestH42Mistakes(t *testing.T) {
+	dir := folder(t)
+	files, err := filepath.Glob("testdata/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		name := filepath.Base(file)
+		t.Run(name, func(t *testing.T) {
+			_, err := Load(filepath.Join(dir, name), nil, nil)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			got := strings.ReplaceAll(err.Error(), dir, "/etc/breakwater") + "\n"
+			golden := strings.TrimSuffix(file, ".yaml") + ".golden"
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("-want +got\n%s", diff)
+			}
+			if strings.Contains(got, "hunter2") {
+				t.Error("the error tells a secret")
+			}
+		})
+	}
+}
+
+func TestH42EnvironmentAndFlags(t *testing.T) {
+	dir := folder(t)
+	_, err := Load(filepath.Join(dir, "later.yaml"),
+		[]string{"BREAKWATER_LISTEN=0.0.0.0:5000", "BREAKWATER_ANY_REGISTRY=maybe", "BREAKWATER_KEEP=all", "BREAKWATER_CAPACITY=lots"},
+		map[string]string{"admin": "5001", "log-level": "loud", "upstream": "x"})
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, want := range []string{
+		"BREAKWATER_LISTEN: listen: ", "BREAKWATER_ANY_REGISTRY: any_registry: ", "BREAKWATER_KEEP: unknown", "BREAKWATER_CAPACITY: capacity: ",
+		"--admin: admin: ", "--log-level: log.level: ", "--upstream: unknown", "later.yaml:",
+	} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("no %q in\n%v", want, err)
+		}
+	}
+}
+
+func TestNoFile(t *testing.T) {
+	c, err := Load("", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(defaults(), c, same); diff != "" {
+		t.Error(diff)
+	}
+	for _, text := range []string{"", "# nothing\n", "---\n", "registries:\n", "tags: {}\nlisten:\nlog:\n  level:\n"} {
+		c, err := load("breakwater.yaml", []byte(text), nil, nil)
+		if err != nil {
+			t.Fatalf("%q: %v", text, err)
+		}
+		if diff := cmp.Diff(defaults(), c, same); diff != "" {
+			t.Errorf("%q: %s", text, diff)
+		}
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "missing.yaml"), nil, nil); err == nil || !strings.Contains(err.Error(), "missing.yaml") {
+		t.Errorf("missing file: %v", err)
+	}
+}
+
+func TestOverrides(t *testing.T) {
+	text := "listen: 127.0.0.1:1\nadmin: 127.0.0.1:2\ncapacity: 1GiB\nlog: {format: text, level: warn}\ndata: store\n"
+	environ := []string{"BREAKWATER_LISTEN=127.0.0.1:3", "BREAKWATER_CAPACITY=2GiB", "BREAKWATER_LOG_LEVEL=debug", "BREAKWATER_ANY_REGISTRY=true", "BREAKWATER_ADMIN=",
+		"BREAKWATER_SERVICE_HOST=10.0.0.1", "BREAKWATER_PORT=tcp://10.0.0.1:5000", "BREAKWATER_ADMIN_PORT_5001_TCP_ADDR=10.0.0.1", "PATH=/bin"}
+	c, err := load("/etc/breakwater/config.yaml", []byte(text), environ, map[string]string{"listen": "127.0.0.1:5", "log-format": "json"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := defaults()
+	want.Listen, want.Admin, want.Data, want.Capacity = "127.0.0.1:5", "127.0.0.1:2", "/etc/breakwater/store", Size{Bytes: 2 << 30}
+	want.Log, want.AnyRegistry = Log{Format: LogJSON, Level: "debug"}, true
+	if diff := cmp.Diff(want, c, same); diff != "" {
+		t.Error(diff)
+	}
+	if c, err = load("", nil, nil, map[string]string{"data": "here"}); err != nil || !filepath.IsAbs(c.Data) {
+		t.Errorf("%v, %v", c, err)
+	}
+}
+
+func TestRegistriesReplaceTheDefaultOnes(t *testing.T) {
+	c, err := load("c.yaml", []byte("default_registry: quay.io\nregistries:\n  quay.io:\n  docker.io: {}\n  localhost:5050: {upstreams: [{url: 'http://localhost:5050/'}]}\n"), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]Registry{
+		"quay.io":        {Upstreams: []Upstream{{URL: "https://quay.io"}}},
+		"docker.io":      {Upstreams: []Upstream{{URL: "https://registry-1.docker.io"}}},
+		"localhost:5050": {Upstreams: []Upstream{{URL: "http://localhost:5050"}}},
+	}
+	if diff := cmp.Diff(want, c.Registries, same); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestTagsForTakesTheNearestKeyByKey(t *testing.T) {
+	c, err := load("c.yaml", []byte(`
+tags: {fresh_for: 10s, max_stale: 7d}
+registries:
+  docker.io:
+    tags: {fresh_for: 20s, on_denied: stale}
+    repositories:
+      library/alpine: {tags: {fresh_for: 0s, max_stale: 0s}}
+      library/busybox: {tags: {max_stale: unlimited}}
+`), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	timeout := Set(1500 * time.Millisecond)
+	for name, want := range map[string]Tags{
+		"docker.io/library/alpine":  {Set(0), Set(0), timeout, Stale, Refuse},
+		"docker.io/library/busybox": {Set(20 * time.Second), Set(Unlimited), timeout, Stale, Refuse},
+		"docker.io/other/alpine":    {Set(20 * time.Second), Set(7 * day), timeout, Stale, Refuse},
+		"example.com/any":           {Set(10 * time.Second), Set(7 * day), timeout, Refuse, Refuse},
+	} {
+		registry, rest, _ := strings.Cut(name, "/")
+		if got := c.TagsFor(oci.Repository{Registry: registry, Name: rest}); got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+	}
+	if got := new(Config).TagsFor(oci.Repository{}); got != defaults().Tags {
+		t.Errorf("without anything: %v", got)
+	}
+}
+
+func TestIsPublic(t *testing.T) {
+	c := Config{Public: []string{"docker.io/library/*", "quay.io/*/base", "ghcr.io/org/go*", "gcr.io/one/app", "*.example.com/*"}}
+	for name, want := range map[string]bool{
+		"docker.io/library/alpine": true, "docker.io/library": false, "docker.io/libraryx/alpine": false, "docker.io/other/library/alpine": false,
+		"quay.io/org/base": true, "quay.io/org/sub/base": false, "quay.io/org/base/more": false,
+		"ghcr.io/org/golang": true, "ghcr.io/org/golang/cache": true, "ghcr.io/org/rust": false,
+		"gcr.io/one/app": true, "gcr.io/one/app/sub": false, "gcr.io/one/apps": false,
+		"a.example.com/x/y": true, "example.com/x": false,
+	} {
+		registry, rest, _ := strings.Cut(name, "/")
+		if got := c.IsPublic(oci.Repository{Registry: registry, Name: rest}); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// everything is a file that sets each key there is.
+func everything(t *testing.T) (dir, text string) {
+	dir = folder(t)
+	text = uncommented()
+	for from, to := range map[string]string{"tls/server.crt": "tls.crt", "tls/server.key": "tls.key", "secrets/registry.example.com": "good.pw"} {
+		if !strings.Contains(text, from) {
+			t.Fatalf("the example does not name %s", from)
+		}
+		text = strings.ReplaceAll(text, from, to)
+	}
+	return dir, text
+}
+
+// uncommented is the example with all its settings in force.
+func uncommented() string {
+	return regexp.MustCompile(`(?m)^#(\S| +)`).ReplaceAllStringFunc(string(Example()), func(start string) string {
+		if start == "# " {
+			return start // prose
+		}
+		return start[1:]
+	})
+}
+
+func TestShowIsAFileThatLoads(t *testing.T) {
+	dir, text := everything(t)
+	for name, text := range map[string]string{"everything": text, "nothing": "", "odd": "capacity: 12.5%\nlisten: '[::1]:0'\nserver_names: [on, 0x10]\nlog: {level: debug}\n"} {
+		c, err := load(filepath.Join(dir, "a.yaml"), []byte(text), nil, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		shown, err := c.Show()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := load("/elsewhere/b.yaml", shown, nil, nil)
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", name, err, shown)
+		}
+		if diff := cmp.Diff(c, again, same); diff != "" {
+			t.Errorf("%s: %s", name, diff)
+		}
+		if strings.Contains(string(shown), "hunter2") {
+			t.Errorf("a secret is shown:\n%s", shown)
+		}
+		if err := fits(t, shown); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestExampleSaysWhatHoldsByDefault(t *testing.T) {
+	c, err := load("example.yaml", Example(), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(defaults(), c, same); diff != "" {
+		t.Error(diff)
+	}
+	_, text := everything(t)
+	for _, text := range []string{string(Example()), text} {
+		if err := fits(t, []byte(text)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// fits holds a YAML file against the schema, as an editor would.
+func fits(t *testing.T, text []byte) error {
+	t.Helper()
+	doc, err := jsonschema.UnmarshalJSON(strings.NewReader(string(Schema())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compiler := jsonschema.NewCompiler()
+	if err := compiler.AddResource("schema.json", doc); err != nil {
+		t.Fatal(err)
+	}
+	compiled, err := compiler.Compile("schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var value any
+	if err := yaml.Load(text, &value); err != nil {
+		t.Fatal(err)
+	}
+	return compiled.Validate(value)
+}
+
+func TestSchemaRefusesWhatLoadRefuses(t *testing.T) {
+	for _, text := range []string{"keep: []", "capacity: lots", "capacity: 5", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
+		"registries: {q.io: {upstreams: [{url: ftp://q.io}]}}", "registries: {q.io: {upstreams: [{url: https://q.io/x}]}}", "registries: {Q.io: {}}", "registries: {q.io: {upstreams: []}}",
+		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "tls: {cert_file: x}", "server_names: [a, a]", "hosts: {a:5: docker.io}", "public: [x]"} {
+		if _, err := load("c.yaml", []byte(text), nil, nil); err == nil {
+			t.Errorf("Load accepts %q", text)
+		}
+		if fits(t, []byte(text)) == nil {
+			t.Errorf("the schema accepts %q", text)
+		}
+	}
+}
+
+func TestSchemaIsInStepWithTheStruct(t *testing.T) {
+	root := new(schema)
+	if err := json.Unmarshal(Schema(), root); err != nil {
+		t.Fatal(err)
+	}
+	compare(t, reflect.TypeFor[Config](), root, root, "")
+}
+
+// compare walks a type and its schema side by side.
+func compare(t *testing.T, typ reflect.Type, s, root *schema, path string) {
+	if def, ok := strings.CutPrefix(s.Ref, "#/$defs/"); ok {
+		s = root.Defs[def]
+	}
+	switch isText := typ.Implements(reflect.TypeFor[encoding.TextMarshaler]()); {
+	case !isText && typ.Kind() == reflect.Struct:
+		var keys []string
+		for field := range typ.Fields() {
+			key, _, _ := strings.Cut(field.Tag.Get("yaml"), ",")
+			keys = append(keys, key)
+			if child := s.Properties[key]; child != nil {
+				compare(t, field.Type, child, root, join(path, key))
+			}
+		}
+		slices.Sort(keys)
+		if diff := cmp.Diff(s.keys(), keys); diff != "" {
+			t.Errorf("%s: -schema +struct\n%s", path, diff)
+		}
+	case typ.Kind() == reflect.Map && s.Named != nil:
+		compare(t, typ.Elem(), s.Named, root, path+".*")
+	case typ.Kind() == reflect.Slice && s.Items != nil:
+		compare(t, typ.Elem(), s.Items, root, path+"[]")
+	case typ.Kind() == reflect.Map || typ.Kind() == reflect.Slice || s.Properties != nil || s.Named != nil || s.Items != nil:
+		t.Errorf("%s: %v in the struct, another form in the schema", path, typ)
+	}
+}
+
+// TestSchemaAndExampleExplainEveryKey is for those who write a file with an editor and those who copy.
+func TestSchemaAndExampleExplainEveryKey(t *testing.T) {
+	var all func(v any, path string)
+	all = func(v any, path string) {
+		node, _ := v.(map[string]any)
+		for group, children := range node {
+			children, _ := children.(map[string]any)
+			for key, child := range children {
+				all(child, path+"."+key)
+				if group != "properties" {
+					continue
+				}
+				if child.(map[string]any)["description"] == nil {
+					t.Errorf("the schema does not describe %s.%s", path, key)
+				}
+				if !regexp.MustCompile(`(?m)^[ -]*` + key + `:`).MatchString(uncommented()) {
+					t.Errorf("the example does not show %s.%s", path, key)
+				}
+			}
+		}
+	}
+	var root any
+	if err := json.Unmarshal(Schema(), &root); err != nil {
+		t.Fatal(err)
+	}
+	all(root, "")
+}
+
+// TestSchemaDefaults compares the schema's defaults with those in force.
+func TestSchemaDefaults(t *testing.T) {
+	shown, err := defaults().Show()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var schema, config map[string]any
+	if err := json.Unmarshal(Schema(), &schema); err != nil {
+		t.Fatal(err)
+	}
+	if err := yaml.Load(shown, &config); err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for properties, values := range map[*map[string]any]map[string]any{
+		child(schema, "properties"):                      config,
+		child(schema, "properties", "log", "properties"): config["log"].(map[string]any),
+		child(schema, "$defs", "tags", "properties"):     config["tags"].(map[string]any),
+	} {
+		for key, property := range *properties {
+			if want, ok := property.(map[string]any)["default"]; ok {
+				n++
+				if values[key] != want {
+					t.Errorf("%s: %v by default, the schema says %v", key, values[key], want)
+				}
+			}
+		}
+	}
+	if n != 12 {
+		t.Errorf("%d defaults", n)
+	}
+}
+
+func child(v map[string]any, path ...string) *map[string]any {
+	for _, key := range path {
+		v = v[key].(map[string]any)
+	}
+	return &v
+}
+
+func FuzzLoad(f *testing.F) {
+	for _, text := range []string{ // small ones: the engine spends a minute on making a large one small
+		"listen: 127.0.0.1:0\ndata: /x\n",
+		"capacity: 80%\nlog: {format: json, level: warn}\n",
+		"hosts:\n  q: docker.io\nserver_names: [m]\npublic: [docker.io/library/*]\n",
+		"tags: {fresh_for: 1.5s, max_stale: 7d, on_denied: stale}\n",
+		"default_registry: q.io\nregistries:\n  q.io: {upstreams: [{url: https://q.io, repository_prefix: a/}]}\n",
+		"registries: {docker.io: {repositories: {a/b: {tags: {max_stale: unlimited}}}}}\n",
+		"any_registry: true\n---\n",
+		"a: &a [*a]\n<<: *a\n? {b: c}\n: d\n",
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := load("fuzz.yaml", text, nil, nil)
+		if err != nil {
+			return
+		}
+		if err := c.Validate(); err != nil {
+			t.Fatalf("loaded, and not valid: %v", err)
+		}
+		shown, err := c.Show()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := load("fuzz.yaml", shown, nil, nil)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, shown)
+		}
+		if diff := cmp.Diff(c, again, same); diff != "" {
+			t.Fatal(diff)
+		}
+	})
+}

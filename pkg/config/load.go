@@ -1,0 +1,232 @@
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"breakwater/pkg/oci"
+
+	"go.yaml.in/yaml/v4"
+)
+
+// Load is the configuration that follows from the file at path, none if that is "", then from the
+// variables of environ (NAME=value, as os.Environ has them) that begin with BREAKWATER_, then from
+// flags by their names (log-format). Its error joins all problems, one a line.
+func Load(path string, environ []string, flags map[string]string) (*Config, error) {
+	var text []byte
+	if path != "" {
+		var err error
+		if text, err = os.ReadFile(path); err != nil {
+			return nil, fmt.Errorf("configuration: %w", err)
+		}
+	}
+	return load(path, text, environ, flags)
+}
+
+// load is Load with the file already read.
+func load(path string, text []byte, environ []string, flags map[string]string) (*Config, error) {
+	c, p := defaults(), newProblems()
+	if path != "" {
+		p.places[""] = place{source: path}
+		c.readFile(path, text, p)
+	}
+	c.readEnviron(environ, p)
+	c.readFlags(flags, p)
+	c.settle()
+	c.validate(p)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// readFile sets what the file says. Relative paths in it start at its own folder.
+func (c *Config) readFile(path string, text []byte, p *problems) {
+	var documents []yaml.Node
+	if err := yaml.Load(text, &documents, yaml.WithAllDocuments()); err != nil {
+		p.addYAML(path, err)
+		return
+	}
+	if len(documents) == 0 {
+		return
+	}
+	form := checker{problems: p, schema: new(schema), file: path}
+	if len(documents) > 1 {
+		p.addAt(form.place(&documents[1]), "", "a second document; keep one")
+	}
+	if err := json.Unmarshal(Schema(), form.schema); err != nil {
+		p.add("", "schema: %v", err)
+		return
+	}
+	root := documents[0].Content[0]
+	form.check(root, form.schema, "")
+	if p.places["registries"] != (place{}) {
+		c.Registries = nil // decoding into a map would add to the default list
+	}
+	if isNull(root) {
+		return
+	}
+	if err := root.Load(c); err != nil {
+		p.addYAML(path, err)
+	}
+	if dir, err := filepath.Abs(filepath.Dir(path)); err == nil {
+		c.resolve(dir)
+	}
+}
+
+// addYAML notes what the YAML library found wrong in the file, with the paths of the fields.
+func (p *problems) addYAML(file string, err error) {
+	var found *yaml.LoadErrors
+	if !errors.As(err, &found) {
+		found = &yaml.LoadErrors{Errors: []*yaml.LoadError{{Message: err.Error()}}}
+		if one := new(yaml.LoadError); errors.As(err, &one) {
+			found.Errors[0] = one
+		}
+	}
+	for _, e := range found.Errors {
+		at := place{file, e.Mark.Line, e.Mark.Column}
+		path := ""
+		for field, place := range p.places {
+			if place == at {
+				path = field
+			}
+		}
+		text := e.Message
+		if e.ContextMsg != "" {
+			text = e.ContextMsg + ": " + text
+		}
+		p.addAt(at, path, "%s", text)
+		p.refuse(path)
+	}
+}
+
+// resolve makes relative paths start at dir.
+func (c *Config) resolve(dir string) {
+	files := []*string{&c.Data, &c.TLS.CertFile, &c.TLS.KeyFile}
+	for _, registry := range c.Registries {
+		for i := range registry.Upstreams {
+			files = append(files, &registry.Upstreams[i].Credentials.PasswordFile)
+		}
+	}
+	for _, file := range files {
+		if *file != "" && !filepath.IsAbs(*file) {
+			*file = filepath.Join(dir, *file)
+		}
+	}
+}
+
+// overridable is what variables and flags can set, by path.
+func (c *Config) overridable() map[string]any {
+	return map[string]any{
+		"listen":           &c.Listen,
+		"admin":            &c.Admin,
+		"data":             &c.Data,
+		"capacity":         &c.Capacity,
+		"default_registry": &c.DefaultRegistry,
+		"any_registry":     &c.AnyRegistry,
+		"log.format":       &c.Log.Format,
+		"log.level":        &c.Log.Level,
+	}
+}
+
+// variable is the environment variable of the field at path, as flagName is its flag.
+func variable(path string) string {
+	return "BREAKWATER_" + strings.ToUpper(strings.ReplaceAll(path, ".", "_"))
+}
+
+func flagName(path string) string { return strings.NewReplacer(".", "-", "_", "-").Replace(path) }
+
+// serviceLink is what Kubernetes tells every container of a Service whose name begins with
+// breakwater: BREAKWATER_SERVICE_HOST, BREAKWATER_PORT_5000_TCP_ADDR. It is not said to us.
+var serviceLink = regexp.MustCompile(`^BREAKWATER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+
+// readEnviron sets what variables say. An empty one says nothing.
+func (c *Config) readEnviron(environ []string, p *problems) {
+	values := map[string]string{}
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		if strings.HasPrefix(name, "BREAKWATER_") && value != "" && !serviceLink.MatchString(name) {
+			values[name] = value
+		}
+	}
+	c.override(values, variable, p)
+}
+
+// readFlags sets what flags say.
+func (c *Config) readFlags(flags map[string]string, p *problems) {
+	values := map[string]string{}
+	for name, value := range flags {
+		values["--"+name] = value
+	}
+	c.override(values, func(path string) string { return "--" + flagName(path) }, p)
+}
+
+// override sets the fields whose names, as name makes them of paths, have values.
+func (c *Config) override(values map[string]string, name func(path string) string, p *problems) {
+	fields := c.overridable()
+	var known []string
+	for _, path := range slices.Sorted(maps.Keys(fields)) {
+		known = append(known, name(path))
+		value, ok := values[name(path)]
+		if !ok {
+			continue
+		}
+		delete(values, name(path))
+		delete(p.refused, path) // that was the file's value
+		p.places[path] = place{source: name(path)}
+		if err := set(fields[path], value); err != nil {
+			p.add(path, "%v", err)
+			p.refuse(path)
+		}
+	}
+	for _, unknown := range slices.Sorted(maps.Keys(values)) {
+		p.addAt(place{source: unknown}, "", "unknown; those known are %s", strings.Join(known, ", "))
+	}
+}
+
+// set reads text into a field of overridable.
+func set(field any, text string) (err error) {
+	switch f := field.(type) {
+	case *string:
+		*f = text
+	case *Size:
+		err = f.UnmarshalText([]byte(text))
+	case *bool:
+		if *f, err = strconv.ParseBool(text); err != nil {
+			err = fmt.Errorf("%q is neither true nor false", text)
+		}
+	}
+	return err
+}
+
+// settle completes what was left out and makes paths absolute.
+func (c *Config) settle() {
+	if here, err := filepath.Abs(""); err == nil {
+		c.resolve(here)
+	}
+	for name, registry := range c.Registries {
+		if registry.Upstreams == nil && oci.ValidRegistry(name) {
+			registry.Upstreams = []Upstream{{URL: home(name)}}
+		}
+		for i, up := range registry.Upstreams {
+			registry.Upstreams[i].URL = strings.TrimSuffix(up.URL, "/")
+		}
+		c.Registries[name] = registry
+	}
+}
+
+// home is the URL of a registry itself.
+func home(registry string) string {
+	if known := defaults().Registries[registry].Upstreams; known != nil {
+		return known[0].URL
+	}
+	return "https://" + registry
+}

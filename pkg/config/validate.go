@@ -1,0 +1,278 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"breakwater/pkg/oci"
+)
+
+const (
+	minCapacity          = 1 << 20          // less holds no image: somebody forgot the unit
+	maxRevalidateTimeout = 10 * time.Second // within which the mirror answers, whatever upstreams do
+)
+
+// Validate joins all that is wrong with a configuration, each with the path of its field. Load has
+// called it on what it returns; it is for configurations that a program made itself. It looks at the
+// files that are named, and reads none.
+func (c *Config) Validate() error {
+	p := newProblems()
+	c.validate(p)
+	return p.err()
+}
+
+func (c *Config) validate(p *problems) {
+	c.validateListeners(p)
+	c.validateNames(p)
+	if c.Data == "" {
+		p.add("data", "empty, and without a home there is no default; write the store's folder")
+	}
+	if b := c.Capacity.Bytes; b != 0 && b < minCapacity {
+		p.add("capacity", "%d bytes hold no image; write it with its unit, such as 50GiB", b)
+	}
+	p.oneOf("log.format", c.Log.Format, LogAuto, LogText, LogJSON)
+	p.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	c.validatePublic(p)
+	c.Tags.validate(p, "tags")
+	for _, name := range slices.Sorted(maps.Keys(c.Registries)) {
+		c.Registries[name].validate(p, name)
+	}
+}
+
+// validateListeners keeps the registry API on loopback: beyond it an access policy would have to say
+// who may pull what is private.
+func (c *Config) validateListeners(p *problems) {
+	host, ok := p.address("listen", c.Listen)
+	if addr, err := netip.ParseAddr(host); ok && host != "localhost" && (err != nil || !addr.Unmap().IsLoopback()) {
+		p.add("listen", "%s is beyond loopback, which needs an `access:` policy, and this version knows none; write 127.0.0.1 or [::1], and run a mirror on each host", c.Listen)
+	}
+	p.address("admin", c.Admin)
+	if _, port, err := net.SplitHostPort(c.Admin); err == nil && port != "0" && c.Admin == c.Listen {
+		p.add("admin", "the same address as listen; write another port")
+	}
+	if (c.TLS.CertFile == "") != (c.TLS.KeyFile == "") {
+		p.add("tls", "needs both cert_file and key_file")
+	}
+	if c.TLS.CertFile != "" {
+		if _, err := os.Stat(c.TLS.CertFile); err != nil {
+			p.add("tls.cert_file", "%v", err)
+		}
+	}
+	if c.TLS.KeyFile != "" {
+		p.secretFile("tls.key_file", c.TLS.KeyFile)
+	}
+}
+
+// validateNames checks what clients may call the mirror, and what that means.
+func (c *Config) validateNames(p *problems) {
+	for i, name := range c.ServerNames {
+		p.hostName(fmt.Sprintf("server_names[%d]", i), name)
+	}
+	p.unique("server_names", c.ServerNames)
+	for _, name := range slices.Sorted(maps.Keys(c.Hosts)) {
+		p.hostName("hosts."+name, name)
+		p.configured("hosts."+name, c.Hosts[name], c.Registries)
+	}
+	p.configured("default_registry", c.DefaultRegistry, c.Registries)
+}
+
+// validatePublic refuses patterns that match no repository that there could be.
+func (c *Config) validatePublic(p *problems) {
+	for i, pattern := range c.Public {
+		at := fmt.Sprintf("public[%d]", i)
+		registry, name, _ := strings.Cut(pattern, "/")
+		repo, err := oci.ParseRepository(strings.ReplaceAll(registry, "*", "x"), strings.ReplaceAll(name, "*", "x"))
+		switch {
+		case err != nil:
+			p.add(at, "%q is not a registry and a repository, with * for what varies; write it as docker.io/library/*", pattern)
+		case repo.Name != name && !strings.Contains(name, "*"):
+			p.add(at, "names no repository; write %s", repo)
+		case !c.AnyRegistry && !strings.Contains(registry, "*"):
+			p.configured(at, registry, c.Registries)
+		}
+	}
+	p.unique("public", c.Public)
+}
+
+func (r Registry) validate(p *problems, name string) {
+	at := "registries." + name
+	switch lower := strings.ToLower(name); {
+	case !oci.ValidRegistry(name):
+		p.add(at, "%q is not the name of a registry; write its host, such as quay.io, with a port if it has one", name)
+	case lower != name:
+		p.add(at, "write it in lower case: %s", lower)
+	}
+	if len(r.Upstreams) == 0 && oci.ValidRegistry(name) {
+		p.add(at+".upstreams", "empty; name one, such as %s", home(name))
+	}
+	first := map[Upstream]int{}
+	for i, up := range r.Upstreams {
+		upstream := fmt.Sprintf("%s.upstreams[%d]", at, i)
+		up.validate(p, upstream, name)
+		if j, twice := first[up]; twice {
+			p.add(upstream, "a duplicate of upstreams[%d]; keep one of the two", j)
+		} else {
+			first[up] = i
+		}
+	}
+	r.Tags.validate(p, at+".tags")
+	for _, repository := range slices.Sorted(maps.Keys(r.Repositories)) {
+		at := at + ".repositories." + repository
+		switch repo, err := oci.ParseRepository(name, repository); {
+		case err != nil && oci.ValidRegistry(name) || strings.HasPrefix(repository, name+"/"):
+			p.add(at, "%q is not the name of a repository; write it without its registry, such as org/app", repository)
+		case err == nil && repo.Name != repository:
+			p.add(at, "names no repository; write %s", repo.Name)
+		}
+		r.Repositories[repository].Tags.validate(p, at+".tags")
+	}
+}
+
+func (t Tags) validate(p *problems, at string) {
+	for key, d := range map[string]Duration{"fresh_for": t.FreshFor, "max_stale": t.MaxStale, "revalidate_timeout": t.RevalidateTimeout} {
+		if d.Duration < 0 {
+			p.add(at+"."+key, "%s is negative; write 0s for no time at all", d)
+		}
+	}
+	if t.RevalidateTimeout.Duration > maxRevalidateTimeout {
+		p.add(at+".revalidate_timeout", "%s is longer than the %s within which every request is answered; write less", t.RevalidateTimeout, Set(maxRevalidateTimeout))
+	}
+	for key, word := range map[string]string{"on_denied": t.OnDenied, "on_not_found": t.OnNotFound} {
+		if word != "" {
+			p.oneOf(at+"."+key, word, Refuse, Stale)
+		}
+	}
+}
+
+// validate checks one upstream of a registry. It repeats no part of a URL that may hold a secret.
+func (up Upstream) validate(p *problems, at, registry string) {
+	u, err := url.Parse(up.URL)
+	switch {
+	case up.URL == "":
+		p.add(at+".url", "missing; write %s", home(registry))
+		u = new(url.URL)
+	case err != nil || u.Scheme != "https" && u.Scheme != "http" || !oci.ValidRegistry(u.Host) || !validPort(u.Port()):
+		p.add(at+".url", "is not the URL of a server; write https:// and a host, such as %s", home(registry))
+		u = new(url.URL)
+	}
+	if u.User != nil {
+		p.add(at+".url", "credentials inside a URL; write %s://%s and put them under credentials, as username and password_file", u.Scheme, u.Host)
+	}
+	switch rest := strings.Trim(u.Path, "/"); {
+	case strings.ContainsAny(up.URL, "?#"):
+		p.add(at+".url", "a query or fragment; write %s://%s", u.Scheme, u.Host)
+	case rest == "v2":
+		p.add(at+".url", "/v2 follows by itself; write %s://%s", u.Scheme, u.Host)
+	case rest != "":
+		p.add(at+".url", "a path; write %s://%s, and what stands before the repositories' names as repository_prefix", u.Scheme, u.Host)
+	}
+	if prefix := up.RepositoryPrefix; prefix != "" {
+		_, err := oci.ParseRepository("localhost", strings.TrimSuffix(prefix, "/"))
+		switch {
+		case err != nil:
+			p.add(at+".repository_prefix", "%q cannot begin a repository's name; write it as quay/", prefix)
+		case !strings.HasSuffix(prefix, "/"):
+			p.add(at+".repository_prefix", "would run into the name behind it; write %s/", prefix)
+		}
+	}
+	up.Credentials.validate(p, at, u)
+}
+
+func (c Credentials) validate(p *problems, upstream string, u *url.URL) {
+	if c == (Credentials{}) {
+		return
+	}
+	at := upstream + ".credentials"
+	if u.Scheme == "http" {
+		p.add(at, "http:// would send them in the clear; write https://%s", u.Host)
+	}
+	switch {
+	case c.Username == "":
+		p.add(at+".username", "missing; write the account's name")
+	case strings.Contains(c.Username, ":"):
+		p.add(at+".username", "holds a colon, as no user's name can; a password goes to the file that password_file names")
+	}
+	if c.PasswordFile == "" {
+		p.add(at+".password_file", "missing; write the password to a file that its owner alone can read, and name it here")
+	} else {
+		p.secretFile(at+".password_file", c.PasswordFile)
+	}
+}
+
+// address checks host:port, and returns the host if it has that form.
+func (p *problems) address(at, address string) (host string, ok bool) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || port == "" || !validPort(port) {
+		p.add(at, "%q is not an address; write host:port, such as 127.0.0.1:5000", address)
+		return "", false
+	}
+	return host, true
+}
+
+// validPort also takes a port that is not given.
+func validPort(port string) bool {
+	_, err := strconv.ParseUint(port, 10, 16)
+	return port == "" || err == nil
+}
+
+// hostName checks what may stand in a Host header, without its port.
+func (p *problems) hostName(at, name string) {
+	switch lower := strings.ToLower(name); {
+	case !oci.ValidRegistry(name) || strings.Contains(name, ":"):
+		p.add(at, "%q is not a host name; write it without scheme and port, such as mirror.internal", name)
+	case lower != name:
+		p.add(at, "write it in lower case: %s", lower)
+	}
+}
+
+// configured checks that a registry is one of those that are mirrored.
+func (p *problems) configured(at, name string, registries map[string]Registry) {
+	if _, ok := registries[name]; ok {
+		return
+	}
+	names := slices.Sorted(maps.Keys(registries))
+	if meant := nearest(name, names); meant != "" {
+		p.add(at, "%q is not one of registries; write %s", name, meant)
+		return
+	}
+	p.add(at, "%q is not one of registries; add it there, or write one of %s", name, strings.Join(names, ", "))
+}
+
+// oneOf checks a word.
+func (p *problems) oneOf(at, word string, words ...string) {
+	if !slices.Contains(words, word) {
+		p.add(at, "%q is unknown; write one of %s", word, strings.Join(words, ", "))
+	}
+}
+
+// unique checks that a list says nothing twice.
+func (p *problems) unique(at string, list []string) {
+	for i, item := range list {
+		if first := slices.Index(list, item); first < i {
+			p.add(fmt.Sprintf("%s[%d]", at, i), "a duplicate of %s[%d]; keep one of the two", at, first)
+		}
+	}
+}
+
+// secretFile checks that a file is there for its owner alone.
+func (p *problems) secretFile(at, file string) {
+	info, err := os.Stat(file)
+	switch {
+	case err != nil:
+		p.add(at, "%v", err)
+	case !info.Mode().IsRegular():
+		p.add(at, "%s is not a file", file)
+	case info.Mode().Perm()&0o077 != 0:
+		p.add(at, "%s is open to others than its owner (mode %04o); run chmod 600 %s", file, info.Mode().Perm(), file)
+	case info.Size() == 0:
+		p.add(at, "%s is empty; write the secret to it", file)
+	}
+}

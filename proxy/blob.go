@@ -1,0 +1,162 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"breakwater/pkg/oci"
+	"breakwater/storage"
+)
+
+const blobType = "application/octet-stream"
+
+// serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
+// an error only if it has written nothing.
+func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
+	how := hit()
+	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it
+	if errors.Is(err, fs.ErrNotExist) {
+		how = forwarded("uri-miss", http.StatusOK, "")
+		if r.Method == http.MethodHead {
+			return m.statBlob(w, r, t) // HEAD never downloads
+		}
+		if blob, err = m.missBlob(r.Context(), t.ref); err != nil {
+			return t.answerFor(r.Context(), err)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("open %s: %w", t.ref, err)
+	}
+	defer blob.Close()
+	how.mark(w)
+	setContent(w.Header(), blobType, t.ref.Digest)
+	if blob.Size() < 0 {
+		w.sendUnsized(r, blob)
+		return nil
+	}
+	http.ServeContent(w, r, "", time.Time{}, blob) // Range, preconditions, sendfile
+	return nil
+}
+
+// missBlob is the blob from upstream. What is stored on somebody else's account only has to be
+// confirmed; all else is filled.
+func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
+	var err error
+	for range 3 { // what it finds may change between two looks
+		if m.store.Stored(ref.Digest) {
+			var blob *storage.Blob
+			if blob, err = m.confirmBlob(ctx, ref); !errors.Is(err, fs.ErrNotExist) {
+				return blob, err
+			}
+		}
+		var blob *storage.Blob
+		var src *source
+		blob, src, err = m.openFill(ctx, ref)
+		switch {
+		case errors.Is(err, errElsewhere):
+			if _, err = m.askSize(ctx, ref); err != nil {
+				return nil, err
+			}
+			src.confirmed.Store(true)
+		case errors.Is(err, fs.ErrNotExist):
+			if blob, err = m.store.Blob(ref.Repository, ref.Digest); err == nil {
+				return blob, nil
+			}
+		default:
+			return blob, err
+		}
+	}
+	return nil, err
+}
+
+// confirmBlob asks upstream whether this repository has what is stored already, and opens it.
+func (m *Mirror) confirmBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
+	if _, err := m.askSize(ctx, ref); err != nil {
+		return nil, err
+	}
+	return m.store.Blob(ref.Repository, ref.Digest)
+}
+
+// askSize asks upstream for a blob's size, which also confirms it in this repository.
+func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, headerBudget)
+	defer cancel()
+	return m.sizes.join(m.tasks, ref.String(), func(ctx context.Context) (int64, error) {
+		client, err := m.client(ref.Repository)
+		if err != nil {
+			return 0, err
+		}
+		size, err := client.StatBlob(ctx, ref)
+		if err != nil || !m.store.Stored(ref.Digest) {
+			return size, err
+		}
+		if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
+			m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
+		}
+		return size, nil
+	}).wait(ctx, 0)
+}
+
+// statBlob answers HEAD of a blob that is not stored.
+func (m *Mirror) statBlob(w *response, r *http.Request, t target) error {
+	size, err := m.askSize(r.Context(), t.ref)
+	if err != nil {
+		return t.answerFor(r.Context(), err)
+	}
+	forwarded("uri-miss", http.StatusOK, "").mark(w)
+	setContent(w.Header(), blobType, t.ref.Digest)
+	w.Header().Set("Accept-Ranges", "bytes")
+	if size >= 0 {
+		w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
+	}
+	w.WriteHeader(http.StatusOK)
+	return nil
+}
+
+// sendUnsized sends a blob whose size will be known when it is whole: chunked, and without the final
+// chunk if it turns out wrong.
+func (w *response) sendUnsized(r *http.Request, blob io.Reader) {
+	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return
+	}
+	if _, err := io.Copy(writerOnly{w}, blob); err != nil {
+		w.broken = err
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// expectations are the sizes that a repository's manifests give its blobs: a hint where an upstream
+// tells none, and a check where it does. They are lost with the process.
+type expectations struct {
+	mu    sync.Mutex // guards sizes
+	sizes map[oci.Reference]int64
+}
+
+// maxExpectations bounds them; they are begun anew beyond it.
+const maxExpectations = 50_000
+
+func (e *expectations) note(repo oci.Repository, manifest oci.Manifest) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.sizes == nil || len(e.sizes)+len(manifest.Blobs) > maxExpectations {
+		e.sizes = map[oci.Reference]int64{}
+	}
+	for _, desc := range manifest.Blobs {
+		e.sizes[oci.Reference{Repository: repo, Digest: desc.Digest}] = desc.Size
+	}
+}
+
+func (e *expectations) size(ref oci.Reference) (int64, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	size, ok := e.sizes[ref]
+	return size, ok
+}

@@ -1,0 +1,89 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"net/http"
+	"time"
+
+	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
+)
+
+// serveManifest sends a manifest, by tag or by digest. It returns an error only if it has written
+// nothing.
+func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
+	ctx, cancel := context.WithTimeout(r.Context(), headerBudget)
+	defer cancel()
+	var manifest oci.Manifest
+	var how provenance
+	var err error
+	if t.ref.Digest != "" {
+		manifest, how, err = m.manifestByDigest(ctx, t)
+	} else {
+		manifest, how, err = m.manifestByTag(ctx, t)
+	}
+	if err != nil {
+		return err
+	}
+	how.mark(w)
+	setContent(w.Header(), manifest.MediaType, manifest.Digest)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(manifest.Raw))
+	return nil
+}
+
+// manifestByDigest is the stored manifest if this repository reaches it, without asking anybody;
+// otherwise upstream's.
+func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, provenance, error) {
+	manifest, err := m.store.Manifest(t.ref.Repository, t.ref.Digest)
+	if err == nil {
+		return manifest, hit(), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
+	}
+	q := m.manifests.join(m.tasks, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
+		client, err := m.client(t.ref.Repository)
+		if err != nil {
+			return oci.Manifest{}, err
+		}
+		return m.fetchManifest(ctx, client, t.ref)
+	})
+	manifest, err = q.wait(ctx, 0)
+	if err != nil {
+		return manifest, provenance{}, t.answerFor(ctx, err)
+	}
+	return manifest, forwarded("uri-miss", http.StatusOK, ""), nil
+}
+
+// fetchManifest has upstream confirm a manifest that is stored on somebody else's account, or fetches
+// and stores it. Trouble with the disk is logged, not the client's.
+func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref oci.Reference) (oci.Manifest, error) {
+	if m.store.Stored(ref.Digest) {
+		if resolved, err := client.Resolve(ctx, ref); err == nil && resolved.Manifest == nil {
+			if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
+				m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
+			}
+			if manifest, err := m.store.Manifest(ref.Repository, ref.Digest); err == nil {
+				return manifest, nil
+			}
+		}
+	}
+	manifest, err := client.Manifest(ctx, ref)
+	if err != nil {
+		return manifest, err
+	}
+	m.keepManifest(client, ref.Repository, manifest)
+	return manifest, nil
+}
+
+func (m *Mirror) keepManifest(client *upstream.Client, repo oci.Repository, manifest oci.Manifest) bool {
+	m.expected.note(repo, manifest)
+	err := m.store.PutManifest(repo, manifest, m.confirmation(client, repo))
+	if err != nil {
+		m.logger.Error("manifest not stored", "repository", repo, "digest", manifest.Digest, "err", err)
+	}
+	return err == nil
+}

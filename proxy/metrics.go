@@ -1,0 +1,117 @@
+package proxy
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics is what the mirror tells of itself.
+type metrics struct {
+	registry     *prometheus.Registry
+	requests     *prometheus.CounterVec
+	seconds      *prometheus.HistogramVec
+	sent         prometheus.Counter
+	staleAnswers *prometheus.CounterVec
+	fills        prometheus.Gauge
+	mirror       *Mirror
+}
+
+var (
+	upstreamRequests = prometheus.NewDesc("breakwater_upstream_requests_total",
+		"Requests to an upstream by class (token, manifest, blob) and what they say of it.", []string{"registry", "upstream", "class", "verdict"}, nil)
+	breakerState = prometheus.NewDesc("breakwater_breaker_state",
+		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
+)
+
+func newMetrics(m *Mirror) *metrics {
+	s := &metrics{
+		registry: prometheus.NewRegistry(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "breakwater_requests_total",
+			Help: "Requests of clients by method, kind, status and how they were answered."}, []string{"method", "kind", "status", "cache"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "breakwater_request_duration_seconds",
+			Help: "Time until a request was answered whole.", Buckets: []float64{.001, .005, .02, .1, .5, 1.5, 5, 10, 60, 600}}, []string{"kind"}),
+		sent: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_sent_bytes_total",
+			Help: "Bytes of body sent to clients."}),
+		staleAnswers: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "breakwater_stale_answers_total",
+			Help: "Answers given from the store because upstream did not confirm them."}, []string{"registry"}),
+		fills: prometheus.NewGauge(prometheus.GaugeOpts{Name: "breakwater_fills",
+			Help: "Downloads into the store that are in flight."}),
+		mirror: m,
+	}
+	s.registry.MustRegister(s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return s
+}
+
+// request counts one that has been answered.
+func (s *metrics) request(method string, kind kind, w *response, duration time.Duration) {
+	if method != http.MethodGet && method != http.MethodHead {
+		method = "other"
+	}
+	s.requests.WithLabelValues(method, kind.String(), strconv.Itoa(w.status), cacheLabel(w.cache)).Inc()
+	s.seconds.WithLabelValues(kind.String()).Observe(duration.Seconds())
+	s.sent.Add(float64(w.sent))
+}
+
+// cacheLabel is what of a Cache-Status has few values.
+func cacheLabel(status string) string {
+	_, rest, _ := strings.Cut(status, "; ")
+	first, _, _ := strings.Cut(rest, ";")
+	if first == "" {
+		return "none"
+	}
+	return first
+}
+
+// Describe is for prometheus.Collector.
+func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
+	ch <- upstreamRequests
+	ch <- breakerState
+}
+
+// Collect is for prometheus.Collector: what the upstreams count by themselves.
+func (s *metrics) Collect(ch chan<- prometheus.Metric) {
+	for _, c := range s.mirror.pool.All() {
+		for _, h := range c.Health() {
+			labels := []string{c.Registry(), c.Upstream(), h.Class}
+			for verdict, n := range map[string]int64{"success": h.Succeeded, "failure": h.Failed, "excluded": h.Excluded} {
+				ch <- prometheus.MustNewConstMetric(upstreamRequests, prometheus.CounterValue, float64(n), append(labels, verdict)...)
+			}
+			for _, state := range []string{"closed", "half-open", "open"} {
+				value := 0.0
+				if state == h.State {
+					value = 1
+				}
+				ch <- prometheus.MustNewConstMetric(breakerState, prometheus.GaugeValue, value, append(labels, state)...)
+			}
+		}
+	}
+}
+
+// Admin is the handler of the admin listener, GET only: /healthz says that the process answers,
+// /readyz which upstreams are out (that is no reason not to be ready), /metrics the rest.
+func (m *Mirror) Admin() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.metrics.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	mux.HandleFunc("GET /readyz", m.serveReady)
+	return mux
+}
+
+func (m *Mirror) serveReady(w http.ResponseWriter, _ *http.Request) {
+	_, _ = w.Write([]byte("ok\n"))
+	for _, c := range m.pool.All() {
+		for _, h := range c.Health() {
+			if h.State != "closed" {
+				line := c.Registry() + ": upstream " + c.Upstream() + " " + h.Class + " " + h.State + " since " + h.Since.UTC().Format(time.RFC3339) + ": " + h.Reason + "\n"
+				_, _ = w.Write([]byte(line))
+			}
+		}
+	}
+}

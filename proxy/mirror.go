@@ -1,0 +1,233 @@
+// Package proxy answers the registry's pull API, from the store if it can and through fills if it
+// must. One request runs: guard -> parse -> look up -> (miss) ask or fill -> respond. Only ServeHTTP
+// turns an error into an answer, and only policy.go decides which.
+//
+// What a request needs from upstream is never done on its own stack: a question (what does this tag
+// name?) or a fill (these bytes, please) is an object of the mirror's, which any number of requests
+// wait for and which goes on when they leave.
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"breakwater/pkg/config"
+	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
+	"breakwater/storage"
+
+	"github.com/distribution/distribution/v3/registry/api/errcode"
+	"github.com/opencontainers/go-digest"
+)
+
+// Config is what a Mirror is made of.
+type Config struct {
+	Config *config.Config
+	Store  *storage.Disk
+	// Upstreams are what the network is; nil for the system's.
+	Upstreams upstream.Settings
+	Logger    *slog.Logger // nil discards
+}
+
+// Mirror is the registry that clients see. It is an http.Handler.
+type Mirror struct {
+	cfg     atomic.Pointer[config.Config]
+	store   *storage.Disk
+	pool    *upstream.Pool
+	logger  *slog.Logger
+	metrics *metrics
+
+	tasks     *tasks
+	tags      questions[resolution]
+	manifests questions[oci.Manifest]
+	sizes     questions[int64]
+	lists     questions[storage.Answer]
+	fills     fills
+	expected  expectations
+}
+
+// New returns a mirror that serves. It dials nothing before the first request.
+func New(cfg Config) (*Mirror, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Upstreams.Logger == nil {
+		cfg.Upstreams.Logger = cfg.Logger
+	}
+	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger}
+	m.tasks = newTasks(func(recovered any) { m.logger.Error("task panicked", "err", recovered) })
+	m.metrics = newMetrics(m)
+	if err := m.Use(cfg.Config); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// Use makes cfg the configuration from the next request on. Upstreams that it leaves as they were
+// keep their breakers and tokens; what is in flight goes on as it began.
+func (m *Mirror) Use(cfg *config.Config) error {
+	var ups []upstream.Config
+	for registry, r := range cfg.Registries {
+		for _, u := range r.Upstreams {
+			ups = append(ups, upstream.Config{
+				Registry:         registry,
+				URL:              u.URL,
+				RepositoryPrefix: u.RepositoryPrefix,
+				Username:         u.Credentials.Username,
+				PasswordFile:     u.Credentials.PasswordFile,
+			})
+		}
+	}
+	if err := m.pool.Use(ups, upstream.AnyRegistry(cfg.AnyRegistry)); err != nil {
+		return fmt.Errorf("upstreams: %w", err)
+	}
+	m.cfg.Store(cfg)
+	return nil
+}
+
+// Close lets fills and questions finish until ctx ends, then cuts them, and waits for all of them.
+func (m *Mirror) Close(ctx context.Context) {
+	m.tasks.stop(ctx)
+	m.pool.Close()
+}
+
+// ServeHTTP answers one request. Only here does an error become a response.
+func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	started := time.Now()
+	w := newResponse(rw)
+	var t target
+	var err error
+	defer func() {
+		recovered := recover()
+		if recovered != nil && recovered != http.ErrAbortHandler {
+			err = fmt.Errorf("panic: %v", recovered)
+			if w.status == 0 {
+				oci.WriteError(w, err)
+				recovered = nil
+			} else {
+				recovered = http.ErrAbortHandler // too late for words; the client must not take it for whole
+			}
+		}
+		m.logRequest(r, t, w, started, err)
+		if recovered != nil {
+			panic(recovered)
+		}
+	}()
+	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	if err = m.serve(w, r, &t); err != nil && !errors.Is(err, errClientGone) && w.status == 0 {
+		if w.Header().Get("Cache-Status") == "" {
+			w.setCache("breakwater")
+		}
+		oci.WriteError(w, err)
+	}
+}
+
+// serve guards, parses and dispatches. It returns an error only if it has written nothing.
+func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
+	cfg := m.cfg.Load()
+	if r.ContentLength != 0 {
+		w.Header().Set("Connection", "close") // its body is never read
+	}
+	if err := checkOrigin(r); err != nil {
+		return err
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Connection", "close")
+		w.Header().Set("Allow", "GET, HEAD")
+		return oci.NewError(errcode.ErrorCodeUnsupported, "this is a pull-through mirror: push to the registry itself")
+	}
+	if err := checkHost(cfg, r); err != nil {
+		return err
+	}
+	if *t, err = parse(cfg, r); err != nil {
+		return err
+	}
+	if t.ns != "" {
+		w.Header().Set("OCI-Namespace", t.ns)
+	}
+	switch t.kind {
+	case kindManifest:
+		return m.serveManifest(w, r, *t)
+	case kindBlob:
+		return m.serveBlob(w, r, *t)
+	case kindTags:
+		return m.serveTags(w, r, *t)
+	case kindReferrers:
+		return m.serveReferrers(w, r, *t)
+	}
+	w.setCache("breakwater; hit")
+	w.Header().Set("Content-Type", "application/json")
+	_, err = w.Write([]byte("{}\n"))
+	return err
+}
+
+// client is the upstream that is asked for a registry. parse has seen to it that there is one,
+// unless the configuration has just lost it.
+func (m *Mirror) client(repo oci.Repository) (*upstream.Client, error) {
+	clients := m.pool.Clients(repo.Registry)
+	if len(clients) == 0 {
+		return nil, fmt.Errorf("registry %s has no upstream", repo.Registry)
+	}
+	return clients[0], nil
+}
+
+// confirmation records that this upstream let us have something of that repository, and on whose
+// account: content that took a credential is private unless the configuration says otherwise
+// (DESIGN 13).
+func (m *Mirror) confirmation(c *upstream.Client, repo oci.Repository) storage.Confirmation {
+	credential := c.Credential()
+	return storage.Confirmation{
+		At:         time.Now(),
+		Upstream:   c.Upstream(),
+		Credential: credential,
+		Public:     credential == "" || m.cfg.Load().IsPublic(repo),
+	}
+}
+
+// setContent sets the headers that identify what is sent.
+func setContent(h http.Header, mediaType string, dgst digest.Digest) {
+	h.Set("Content-Type", mediaType)
+	h.Set("Docker-Content-Digest", dgst.String())
+	h.Set("Etag", `"`+dgst.String()+`"`)
+}
+
+// logRequest writes the access line.
+func (m *Mirror) logRequest(r *http.Request, t target, w *response, started time.Time, err error) {
+	duration := time.Since(started)
+	m.metrics.request(r.Method, t.kind, w, duration)
+	level := slog.LevelInfo
+	if errors.Is(err, errClientGone) {
+		level = slog.LevelDebug
+	} else if w.status >= http.StatusInternalServerError || w.broken != nil {
+		level = slog.LevelWarn
+	}
+	if !m.logger.Enabled(r.Context(), level) {
+		return
+	}
+	attrs := []slog.Attr{
+		slog.String("method", r.Method),
+		slog.String("repository", t.ref.Repository.String()),
+		slog.String("reference", t.ref.Identifier()),
+		slog.String("kind", t.kind.String()),
+		slog.Int("status", w.status),
+		slog.Int64("size", w.sent),
+		slog.Duration("duration", duration),
+		slog.String("cache", w.cache),
+		slog.String("client", r.RemoteAddr),
+	}
+	if t.ref.Name == "" {
+		attrs[1], attrs[2] = slog.String("path", r.URL.Path), slog.String("host", r.Host)
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String("err", err.Error()))
+	}
+	if w.broken != nil {
+		attrs = append(attrs, slog.String("broken", w.broken.Error()))
+	}
+	m.logger.LogAttrs(r.Context(), level, "request", attrs...)
+}

@@ -1,0 +1,119 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net/http/httptrace"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// headerBudget is how long any client waits for its header, whatever upstreams do.
+	headerBudget = 10 * time.Second
+	// patienceInAll is how long a stored answer is held back while upstream makes progress.
+	patienceInAll = 4 * time.Second
+)
+
+// errImpatient is what a waiter gets who has something better to do than to wait on.
+var errImpatient = errors.New("upstream did not answer in time")
+
+// questions are what upstreams are being asked at the moment, each once for all who want to know.
+type questions[T any] struct {
+	mu   sync.Mutex // guards open
+	open map[string]*question[T]
+}
+
+// question is asked on a goroutine of its own and goes on when those who wait for it leave.
+type question[T any] struct {
+	started  time.Time
+	progress atomic.Int64 // when upstream last completed a phase, in Unix nanoseconds
+	done     chan struct{}
+	answer   T
+	err      error
+}
+
+// join returns the open question of that key, or begins it with ask on tasks.
+func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context) (T, error)) *question[T] {
+	qs.mu.Lock()
+	defer qs.mu.Unlock()
+	if q := qs.open[key]; q != nil {
+		return q
+	}
+	q := &question[T]{started: time.Now(), done: make(chan struct{}), err: errPanicked}
+	q.progress.Store(q.started.UnixNano())
+	begun := tasks.start(func(ctx context.Context) {
+		defer func() { // also when ask panics: nobody may wait for ever
+			qs.mu.Lock()
+			delete(qs.open, key)
+			qs.mu.Unlock()
+			close(q.done)
+		}()
+		ctx, cancel := context.WithTimeout(ctx, headerBudget)
+		defer cancel()
+		q.answer, q.err = ask(httptrace.WithClientTrace(ctx, q.trace()))
+	})
+	if !begun {
+		q.err = errClosed
+		close(q.done)
+		return q
+	}
+	if qs.open == nil {
+		qs.open = map[string]*question[T]{}
+	}
+	qs.open[key] = q
+	return q
+}
+
+// trace notes each phase that upstream completes, for token and content alike.
+func (q *question[T]) trace() *httptrace.ClientTrace {
+	note := func() { q.progress.Store(time.Now().UnixNano()) }
+	return &httptrace.ClientTrace{
+		DNSDone:              func(i httptrace.DNSDoneInfo) { noteIf(note, i.Err) },
+		ConnectDone:          func(_, _ string, err error) { noteIf(note, err) },
+		TLSHandshakeDone:     func(_ tls.ConnectionState, err error) { noteIf(note, err) },
+		GotConn:              func(httptrace.GotConnInfo) { note() },
+		GotFirstResponseByte: note,
+	}
+}
+
+func noteIf(note func(), err error) {
+	if err == nil {
+		note()
+	}
+}
+
+// wait returns the answer. With patience it gives up, with errImpatient, once upstream has not
+// completed a phase for that long, or after patienceInAll; without, at ctx's end.
+func (q *question[T]) wait(ctx context.Context, patience time.Duration) (T, error) {
+	var none T
+	var impatient <-chan time.Time
+	if patience > 0 {
+		timer := time.NewTimer(q.left(patience))
+		defer timer.Stop()
+		impatient = timer.C
+	}
+	for {
+		select {
+		case <-q.done:
+			return q.answer, q.err
+		case <-ctx.Done():
+			return none, context.Cause(ctx)
+		case <-impatient:
+			left := q.left(patience)
+			if left <= 0 {
+				return none, errImpatient
+			}
+			impatient = time.After(left)
+		}
+	}
+}
+
+// left is how much longer there is patience.
+func (q *question[T]) left(patience time.Duration) time.Duration {
+	idle := time.Unix(0, q.progress.Load()).Add(patience)
+	all := q.started.Add(max(patienceInAll, patience))
+	return min(time.Until(idle), time.Until(all))
+}

@@ -1,0 +1,141 @@
+package proxy
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/distribution/distribution/v3/registry/api/errcode"
+)
+
+const (
+	// sendChunk is how much is sent between two looks at the deadline and the watermark.
+	sendChunk = 1 << 20
+	// sendTimeout is how long a client may take nothing.
+	sendTimeout = 60 * time.Second
+)
+
+// window is a body that is a file, of which a part can be sent already: all of a stored blob, and
+// of a fill what is released.
+type window interface {
+	// Await waits until bytes can be sent, and returns a file that stands where they begin and how many
+	// they are, at most limit. At the end it returns io.EOF.
+	Await(limit int64) (*os.File, int64, error)
+}
+
+// response is the one ResponseWriter of a request. It owns the body: it hands files to the kernel a
+// chunk at a time, keeps the write deadline ahead of clients that make progress, and gives
+// ServeContent's plain 416 the specification's form.
+type response struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	status  int
+	sent    int64 // bytes of body
+	silent  bool  // the body that ServeContent writes is not the one to send
+	cache   string
+	broken  error // why the body ended short
+}
+
+func newResponse(w http.ResponseWriter) *response {
+	return &response{ResponseWriter: w, control: http.NewResponseController(w)}
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	if w.status != 0 {
+		return
+	}
+	w.status = status
+	if status == http.StatusRequestedRangeNotSatisfiable {
+		contentRange := w.Header().Get("Content-Range")
+		e := oci.NewError(errcode.ErrorCodeRangeInvalid, "the range is outside the blob (%s)", contentRange)
+		w.status = 0
+		oci.WriteError(w.withRange(contentRange), e)
+		w.silent = true
+		return
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// rangeWriter keeps the Content-Range of a 416, which tells the size of the blob (RFC 9110, 15.5.17).
+type rangeWriter struct {
+	*response
+	contentRange string
+}
+
+func (w *response) withRange(contentRange string) rangeWriter { return rangeWriter{w, contentRange} }
+
+func (w rangeWriter) WriteHeader(status int) {
+	w.Header().Set("Content-Range", w.contentRange)
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.silent {
+		return len(p), nil
+	}
+	n, err := w.ResponseWriter.Write(p)
+	w.sent += int64(n)
+	return n, err
+}
+
+// ReadFrom sends src. A file is sent by the kernel, up to what is released of it, and nothing else
+// is ever handed over that the kernel could read by itself.
+func (w *response) ReadFrom(src io.Reader) (int64, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	limited, ok := src.(*io.LimitedReader)
+	if !ok {
+		return io.Copy(writerOnly{w}, src)
+	}
+	body, ok := limited.R.(window)
+	if !ok {
+		return io.Copy(writerOnly{w}, src)
+	}
+	var total int64
+	for total < limited.N {
+		file, n, err := body.Await(min(sendChunk, limited.N-total))
+		if err != nil {
+			w.broken = err
+			return total, err
+		}
+		sent, err := w.send(file, n)
+		total += sent
+		if err != nil {
+			w.broken = err
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// send hands n bytes of file to the connection. A deadline that passes while bytes go out is moved.
+func (w *response) send(file *os.File, n int64) (sent int64, err error) {
+	for sent < n {
+		_ = w.control.SetWriteDeadline(time.Now().Add(sendTimeout)) // in-memory connections have none
+		m, err := io.Copy(w.ResponseWriter, io.LimitReader(file, n-sent))
+		sent += m
+		w.sent += m
+		if err != nil && (m == 0 || !errors.Is(err, os.ErrDeadlineExceeded)) {
+			return sent, err
+		}
+		if err == nil && m == 0 {
+			return sent, io.ErrUnexpectedEOF
+		}
+	}
+	return sent, nil
+}
+
+// writerOnly hides ReadFrom, so that io.Copy does not come back to it.
+type writerOnly struct{ io.Writer }

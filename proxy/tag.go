@@ -1,0 +1,169 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"time"
+
+	"breakwater/pkg/config"
+	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
+	"breakwater/storage"
+)
+
+// resolution is upstream's word on a tag, with the manifest that it names.
+type resolution struct {
+	manifest oci.Manifest
+	fetched  bool // the manifest was not stored before
+}
+
+// manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
+func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
+	stored, validatedAt := m.storedTag(t.ref)
+	if m.fresh(t, validatedAt) {
+		return stored, hit(), nil
+	}
+	q := m.tags.join(m.tasks, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
+	resolved, how, err := revalidate(ctx, m, t, validatedAt, q)
+	if errors.Is(err, errUseStored) {
+		return stored, how, nil
+	}
+	if err == nil && !resolved.fetched {
+		how = forwarded("stale", http.StatusOK, "confirmed")
+	}
+	return resolved.manifest, how, err
+}
+
+// errUseStored says that the stored answer is to be given, marked stale.
+var errUseStored = errors.New("use what is stored")
+
+// fresh reports whether an answer that upstream gave then needs no question now. One from the future,
+// by a clock since set back, always does.
+func (m *Mirror) fresh(t target, validatedAt time.Time) bool {
+	age := time.Since(validatedAt)
+	return age >= 0 && age < m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration
+}
+
+// revalidate is the contract for all that can change upstream (DESIGN 2). validatedAt is when the
+// stored answer was last confirmed, zero if there is none. It returns upstream's answer, or
+// errUseStored with how to mark the stored one, or the error to answer with.
+func revalidate[T any](ctx context.Context, m *Mirror, t target, validatedAt time.Time, q *question[T]) (T, provenance, error) {
+	rules := m.cfg.Load().TagsFor(t.ref.Repository)
+	stored := !validatedAt.IsZero()
+	age := func() time.Duration { return max(0, time.Since(validatedAt)) }
+	tooOld := stored && age() >= rules.MaxStale.Duration
+	patience := rules.RevalidateTimeout.Duration
+	if !stored || tooOld {
+		patience = 0 // there is nothing else to answer
+	}
+	answer, err := q.wait(ctx, patience)
+	if err == nil && stored {
+		return answer, forwarded("stale", http.StatusOK, ""), nil
+	}
+	if err == nil {
+		return answer, forwarded("uri-miss", http.StatusOK, ""), nil
+	}
+	refusal := t.answerFor(ctx, err)
+	if !stored || errors.Is(refusal, errClientGone) {
+		return answer, provenance{}, refusal
+	}
+	outage := true
+	if up := new(upstream.Error); errors.As(err, &up) {
+		outage = up.Outage()
+		denied := up.Kind == upstream.Denied && rules.OnDenied == config.Refuse
+		gone := up.Kind == upstream.NotFound && rules.OnNotFound == config.Refuse
+		if denied || gone {
+			return answer, provenance{}, refusal
+		}
+	}
+	if tooOld && outage {
+		return answer, provenance{}, t.tooStale(err, age())
+	}
+	m.metrics.staleAnswers.WithLabelValues(t.ref.Registry).Inc()
+	return answer, stale(err, age(), rules.FreshFor.Duration), errUseStored
+}
+
+// storedTag is what the record names and when upstream last said so: zero unless both are stored.
+func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, time.Time) {
+	tag, err := m.store.Tag(ref.Repository, ref.Tag)
+	var manifest oci.Manifest
+	if err == nil {
+		manifest, err = m.store.Manifest(ref.Repository, tag.Current.Digest)
+	}
+	if err == nil {
+		return manifest, tag.Current.ValidatedAt
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		m.logger.Error("stored tag cannot be read", "repository", ref.Repository, "reference", ref.Tag, "err", err)
+	}
+	return oci.Manifest{}, time.Time{}
+}
+
+// tooStale is the 503 for a tag whose stored answer is older than the user allows.
+func (t target) tooStale(err error, age time.Duration) error {
+	e := t.unavailable(err)
+	e.Message = fmt.Sprintf("%s: stored, but last confirmed %s ago, which is over max_stale, and upstream does not answer: %s",
+		t.ref, age.Round(time.Second), e.Detail.(outageDetail).Reason)
+	return e
+}
+
+// askTag asks upstream what a tag names and makes that the record. The manifest is stored before the
+// record names it. What was fetched is answered even if the disk would not have it.
+func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, error) {
+	client, err := m.client(ref.Repository)
+	if err != nil {
+		return resolution{}, err
+	}
+	resolved, err := client.Resolve(ctx, ref)
+	if err != nil {
+		return resolution{}, err
+	}
+	now := time.Now()
+	answer, durable := resolution{}, true
+	switch {
+	case resolved.Manifest != nil:
+		answer = resolution{*resolved.Manifest, true}
+		durable = m.keepManifest(client, ref.Repository, answer.manifest)
+	default:
+		named := oci.Reference{Repository: ref.Repository, Digest: resolved.Digest}
+		if answer.manifest, err = m.confirmed(client, named); err == nil {
+			break
+		}
+		if answer.manifest, err = client.Manifest(ctx, named); err != nil {
+			return resolution{}, err
+		}
+		answer.fetched = true
+		durable = m.keepManifest(client, ref.Repository, answer.manifest)
+	}
+	if durable {
+		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: now, Upstream: client.Upstream()})
+	}
+	return answer, nil
+}
+
+// confirmed is the stored manifest that upstream has just named for this repository.
+func (m *Mirror) confirmed(client *upstream.Client, named oci.Reference) (oci.Manifest, error) {
+	manifest, err := m.store.Manifest(named.Repository, named.Digest)
+	if err == nil || !m.store.Stored(named.Digest) {
+		return manifest, err
+	}
+	if err := m.store.Confirm(named.Repository, named.Digest, m.confirmation(client, named.Repository)); err != nil {
+		return manifest, err
+	}
+	return m.store.Manifest(named.Repository, named.Digest)
+}
+
+// keepTag renews the record. Which image was last complete is kept as it was.
+func (m *Mirror) keepTag(ref oci.Reference, current storage.Validated) {
+	tag, err := m.store.Tag(ref.Repository, ref.Tag)
+	if err != nil {
+		tag = storage.Tag{}
+	}
+	tag.Current = current
+	if err := m.store.PutTag(ref.Repository, ref.Tag, tag); err != nil {
+		m.logger.Error("tag record not stored", "repository", ref.Repository, "reference", ref.Tag, "err", err)
+	}
+}

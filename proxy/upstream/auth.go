@@ -1,0 +1,346 @@
+package upstream
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"golang.org/x/net/publicsuffix"
+	"golang.org/x/sync/singleflight"
+)
+
+const (
+	maxTokenBody = 256 << 10
+	maxToken     = 16 << 10
+	maxRealm     = 2 << 10
+	// Life of a token: what the answer says, within these; used until 80 % of it is over, so that
+	// none runs out on the way.
+	defaultTokenLife = time.Minute // distribution's token specification
+	minTokenLife     = 30 * time.Second
+	maxTokenLife     = time.Hour
+	refusalLife      = time.Minute // a token service's 401 or 403 is not asked for again before
+	maxTokens        = 10_000      // repositories of an upstream with a token of their own
+)
+
+// authorizer finds what to put into Authorization: nothing, Basic, or a Bearer token. What an
+// upstream wants is learned from its first challenge; tokens are kept by what they are for, and
+// belong to one credential, since a client has only one.
+type authorizer struct {
+	client *Client
+	flight singleflight.Group
+
+	mu     sync.Mutex
+	learnt map[string]challenge // by repository name
+	tokens map[challenge]token
+}
+
+// challenge is what a token is asked with. Basic has only a scheme.
+type challenge struct{ scheme, realm, service, scope string }
+
+type token struct {
+	authorization string // "" for a refusal that is remembered
+	until         time.Time
+}
+
+// remembered is the authorization to send to a repository unasked, "" if none is known.
+func (a *authorizer) remembered(repo oci.Repository) string {
+	a.mu.Lock()
+	ch, known := a.learnt[repo.Name]
+	t := a.tokens[ch]
+	a.mu.Unlock()
+	switch {
+	case known && ch.scheme == "basic":
+		authorization, _ := a.basic()
+		return authorization
+	case known && time.Now().Before(t.until):
+		return t.authorization
+	}
+	return ""
+}
+
+// answer is what to answer the challenges of a 401 with, "" if there is nothing. sent is the
+// authorization that was challenged: never given again. Errors are *Error.
+func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges []map[string]string, sent string) (string, error) {
+	ch, ok := a.choose(repo, challenges)
+	if !ok {
+		return "", nil
+	}
+	a.learn(repo, ch)
+	if ch.scheme == "basic" {
+		authorization, err := a.basic()
+		if err != nil || authorization == sent {
+			return "", err
+		}
+		return authorization, nil
+	}
+	a.mu.Lock()
+	t, ok := a.tokens[ch]
+	a.mu.Unlock()
+	if ok && time.Now().Before(t.until) && t.authorization != sent {
+		if t.authorization == "" {
+			return "", a.denied(http.StatusUnauthorized)
+		}
+		return t.authorization, nil
+	}
+	done := a.flight.DoChan(ch.realm+"\x00"+ch.service+"\x00"+ch.scope, func() (any, error) {
+		// One waiter's hurry must not fail the others, but its trace tells how the question goes on.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTimeout)
+		defer cancel()
+		return a.fetch(ctx, ch)
+	})
+	select {
+	case r := <-done:
+		authorization, _ := r.Val.(string)
+		return authorization, r.Err
+	case <-ctx.Done():
+		return "", a.client.failed(ctx, classToken, ctx.Err())
+	}
+}
+
+// choose picks the challenge to answer: Bearer if its realm may be asked, else Basic if there is a
+// credential.
+func (a *authorizer) choose(repo oci.Repository, challenges []map[string]string) (challenge, bool) {
+	for _, c := range challenges {
+		if c[""] != "bearer" {
+			continue
+		}
+		if _, err := a.realm(c["realm"]); err != nil {
+			a.client.pool.settings.Logger.Warn("token realm refused", "upstream", a.client.base.Host, "err", err)
+			continue
+		}
+		scope := c["scope"]
+		if scope == "" {
+			scope = "repository:" + a.client.cfg.RepositoryPrefix + repo.Name + ":pull"
+		}
+		return challenge{"bearer", c["realm"], c["service"], scope}, true
+	}
+	for _, c := range challenges {
+		if c[""] == "basic" && a.client.cfg.Username != "" {
+			return challenge{scheme: "basic"}, true
+		}
+	}
+	return challenge{}, false
+}
+
+func (a *authorizer) learn(repo oci.Repository, ch challenge) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.learnt == nil || len(a.learnt) >= maxTokens {
+		a.learnt, a.tokens = map[string]challenge{}, map[challenge]token{}
+	}
+	a.learnt[repo.Name] = ch
+}
+
+func (a *authorizer) keep(ch challenge, t token) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.tokens == nil || len(a.tokens) >= maxTokens {
+		a.tokens = map[challenge]token{}
+	}
+	a.tokens[ch] = t
+}
+
+// fetch asks the token service, behind its own breaker, and keeps what it says.
+func (a *authorizer) fetch(ctx context.Context, ch challenge) (string, error) {
+	c := a.client
+	verdict, err := c.breakers[classToken].allow(ch.scope)
+	if err != nil {
+		return "", c.refused(classToken, err)
+	}
+	settle := c.settler(classToken, verdict)
+	t, err := a.ask(ctx, ch)
+	settle(err)
+	if err == nil {
+		a.keep(ch, t)
+		return t.authorization, nil
+	}
+	e := new(Error)
+	if errors.As(err, &e) {
+		if e.Kind == Denied {
+			a.keep(ch, token{until: time.Now().Add(refusalLife)})
+		}
+		blameless := *e // to whoever wanted the token: the registry itself did nothing wrong
+		blameless.verdict = excluded
+		err = &blameless
+	}
+	return "", err
+}
+
+// ask is one request to the token service (distribution, "Token Authentication Specification").
+func (a *authorizer) ask(ctx context.Context, ch challenge) (token, error) {
+	c := a.client
+	realm, err := a.realm(ch.realm)
+	if err != nil {
+		return token{}, c.malformed(classToken, 0, err)
+	}
+	q := realm.Query()
+	if ch.service != "" {
+		q.Set("service", ch.service)
+	}
+	q.Set("scope", ch.scope)
+	realm.RawQuery = q.Encode()
+	ctx, cancel := context.WithCancelCause(ctx)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, realm.String(), nil)
+	if err != nil {
+		cancel(nil)
+		return token{}, c.malformed(classToken, 0, err)
+	}
+	req.Header.Set("User-Agent", "breakwater")
+	if a.trusts(realm) {
+		authorization, err := a.basic()
+		if err != nil {
+			cancel(nil)
+			return token{}, err
+		}
+		if authorization != "" {
+			req.Header.Set("Authorization", authorization)
+		}
+	}
+	resp, err := c.do(ctx, cancel, classToken, req)
+	if err != nil {
+		return token{}, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return token{}, a.judge(resp)
+	}
+	raw, err := c.readAll(resp, classToken, maxTokenBody)
+	if err != nil {
+		return token{}, err
+	}
+	return a.parse(raw)
+}
+
+// judge reads the token service's status: its 404 is no word on any content, and its 401 or 403
+// refuses us.
+func (a *authorizer) judge(resp *http.Response) *Error {
+	status := resp.StatusCode
+	if status == http.StatusUnauthorized || status == http.StatusForbidden {
+		return a.denied(status)
+	}
+	if status == http.StatusTooManyRequests {
+		return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Status: status, Kind: Throttled, Reason: "token service asked us to wait",
+			RetryAfter: a.client.hold.extend(resp.Header, time.Now()), verdict: excluded}
+	}
+	return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Status: status, Reason: fmt.Sprintf("token service answered %d", status), verdict: failure}
+}
+
+func (a *authorizer) denied(status int) *Error {
+	return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Kind: Denied, Status: status, Reason: "token service refuses our credentials", verdict: excluded}
+}
+
+func (a *authorizer) parse(raw []byte) (token, error) {
+	var body struct {
+		Token       string  `json:"token"`
+		AccessToken string  `json:"access_token"`
+		ExpiresIn   float64 `json:"expires_in"` // seconds
+	}
+	if err := json.Unmarshal(raw, &body); err != nil {
+		return token{}, a.client.malformed(classToken, http.StatusOK, fmt.Errorf("token: %w", err))
+	}
+	value := body.Token
+	if value == "" {
+		value = body.AccessToken
+	}
+	outside := func(r rune) bool { return r <= ' ' || r > '~' }
+	if value == "" || len(value) > maxToken || strings.ContainsFunc(value, outside) {
+		return token{}, a.client.malformed(classToken, http.StatusOK, errors.New("the token is empty, too long, or not printable ASCII"))
+	}
+	life := defaultTokenLife
+	if body.ExpiresIn != 0 {
+		life = time.Duration(min(max(body.ExpiresIn, 0), maxTokenLife.Seconds()) * float64(time.Second))
+	}
+	life = max(life, minTokenLife)
+	return token{"Bearer " + value, time.Now().Add(life * 8 / 10)}, nil
+}
+
+// realm parses the address of a token service. It must be one that nobody can mistake for another,
+// on https unless the upstream itself is not.
+func (a *authorizer) realm(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	switch {
+	case len(s) > maxRealm:
+		return nil, errors.New("realm is too long")
+	case err != nil:
+		return nil, errors.New("realm is not a URL")
+	case u.Host == "" || u.User != nil || u.Opaque != "" || u.Fragment != "":
+		return nil, errors.New("realm is not a plain URL")
+	case u.Scheme != "https" && (u.Scheme != "http" || a.client.base.Scheme != "http"):
+		return nil, fmt.Errorf("realm has scheme %.20q", u.Scheme)
+	case u.Query().Has("service") || u.Query().Has("scope"):
+		return nil, errors.New("realm brings a service or scope of its own")
+	}
+	return u, nil
+}
+
+// trusts reports whether the realm may see the upstream's credential: the same host, or the same
+// registrable domain, never by address (CVE-2026-33540, GHSA-3p65-76g6-3w7r).
+func (a *authorizer) trusts(realm *url.URL) bool {
+	base := a.client.base
+	if realm.Scheme != base.Scheme {
+		return false
+	}
+	if hostPort(realm) == hostPort(base) {
+		return true
+	}
+	if _, err := netip.ParseAddr(realm.Hostname()); err == nil || net.ParseIP(base.Hostname()) != nil || realm.Port() != base.Port() {
+		return false
+	}
+	theirs, err := publicsuffix.EffectiveTLDPlusOne(realm.Hostname())
+	if err != nil {
+		return false
+	}
+	ours, err := publicsuffix.EffectiveTLDPlusOne(base.Hostname())
+	return err == nil && ours == theirs
+}
+
+// basic is the credential as an Authorization, "" for anonymous.
+func (a *authorizer) basic() (string, error) {
+	cfg := a.client.cfg
+	if cfg.Username == "" {
+		return "", nil
+	}
+	password, err := os.ReadFile(cfg.PasswordFile)
+	if err != nil {
+		return "", &Error{Upstream: a.client.base.Host, Class: classToken.String(), Reason: "cannot read password_file", Err: err, verdict: excluded}
+	}
+	secret := cfg.Username + ":" + strings.TrimRight(string(password), "\r\n")
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(secret)), nil
+}
+
+// probe asks for a token as somebody did before.
+func (a *authorizer) probe(ctx context.Context) error {
+	a.mu.Lock()
+	var known challenge
+	for _, ch := range a.learnt {
+		if ch.scheme == "bearer" {
+			known = ch
+			break
+		}
+	}
+	a.mu.Unlock()
+	if known.scheme == "" {
+		return errNoProbe
+	}
+	a.client.http.CloseIdleConnections()
+	t, err := a.ask(ctx, known)
+	if e := new(Error); errors.As(err, &e) && e.Kind == Denied {
+		return nil // it answers
+	}
+	if err == nil {
+		a.keep(known, t)
+	}
+	return err
+}

@@ -1,0 +1,123 @@
+package upstream
+
+import (
+	"io"
+	"net/http"
+	"sync"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// verdictBytes of body, and not its header, show that a blob host works: headers that come with
+	// bodies that stall were the incident's own shape.
+	verdictBytes = 256 << 10
+	verdictTime  = 30 * time.Second
+	// shunTime is how long an upstream is not asked again for a digest that it sent wrong bytes for.
+	shunTime = 10 * time.Minute
+	// maxLies is how many digests it may lie about in shunTime before that is a failure of its own.
+	maxLies = 3
+)
+
+// Body is a blob on its way. Reading it gives the breaker its verdict.
+type Body struct {
+	Size int64 // of the whole blob; -1 if the upstream did not say
+
+	c       *Client
+	ref     oci.Reference
+	body    io.ReadCloser
+	read    int64
+	failed  func(error) *Error
+	settle  func(error)
+	settled bool
+	late    *time.Timer
+}
+
+func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(error)) *Body {
+	var once sync.Once
+	b := &Body{Size: resp.ContentLength, c: c, ref: ref, body: resp.Body}
+	b.failed = func(err error) *Error { return c.failed(resp.Request.Context(), classBlob, err) }
+	b.settle = func(err error) { once.Do(func() { settle(err) }) }
+	b.late = time.AfterFunc(verdictTime, func() {
+		b.settle(&Error{Upstream: c.base.Host, Class: classBlob.String(), Reason: "body too slow", verdict: failure})
+	})
+	return b
+}
+
+// Read fails with an *Error or io.EOF.
+func (b *Body) Read(p []byte) (int, error) {
+	n, err := b.body.Read(p)
+	b.read += int64(n)
+	if !b.settled && (b.read >= verdictBytes || err == io.EOF) {
+		b.settled = true
+		b.late.Stop()
+		b.settle(nil)
+		b.c.good[1].Store(&b.ref)
+	}
+	if err != nil && err != io.EOF {
+		failed := b.failed(err)
+		if failed.Reason == "failed" {
+			failed.Reason = "body broke off"
+		}
+		if b.settled {
+			b.c.breakers[classBlob].fail(b.ref.String(), failed.verdict, failed.Reason)
+		}
+		b.settle(failed)
+		err = failed
+	}
+	return n, err
+}
+
+// Close ends the request. A body that was not read to a verdict gives none.
+func (b *Body) Close() error {
+	b.late.Stop()
+	b.settle(&Error{Reason: "not waited for", verdict: excluded})
+	return b.body.Close()
+}
+
+// Mismatch says that the upstream sent other bytes than the digest names. It is not asked for that
+// digest for ten minutes; three such digests count as a failure.
+func (c *Client) Mismatch(ref oci.Reference) {
+	if c.shunned.add(ref.Digest, time.Now()) >= maxLies {
+		c.breakers[classBlob].fail("", hostFailure, "sent wrong bytes for several digests")
+	}
+}
+
+func (c *Client) shuns(class class, dgst digest.Digest) error {
+	left := c.shunned.left(dgst, time.Now())
+	if left <= 0 {
+		return nil
+	}
+	return &Error{Upstream: c.base.Host, Class: class.String(), State: "shunned", Reason: "sent wrong bytes for " + dgst.String(), RetryAfter: left, verdict: excluded}
+}
+
+// shunned are the digests that an upstream has lied about, and until when that is held against it.
+type shunned struct {
+	mu    sync.Mutex
+	until map[digest.Digest]time.Time
+}
+
+// add returns how many digests are shunned now.
+func (s *shunned) add(dgst digest.Digest, now time.Time) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.until == nil {
+		s.until = map[digest.Digest]time.Time{}
+	}
+	for d, until := range s.until {
+		if now.After(until) {
+			delete(s.until, d)
+		}
+	}
+	s.until[dgst] = now.Add(shunTime)
+	return len(s.until)
+}
+
+func (s *shunned) left(dgst digest.Digest, now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.until[dgst].Sub(now)
+}

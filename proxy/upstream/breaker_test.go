@@ -1,0 +1,916 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/sony/gobreaker/v2"
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var errSick = errors.New("still sick")
+
+// probing returns a probe that answers err.
+func probing(err error) func(context.Context) error {
+	return func(context.Context) error { return err }
+}
+
+// steady makes every hold-off as long as its mean.
+func steady() float64 { return 0.5 }
+
+// openBreaker returns a breaker in a bubble that has just tripped, after host failures.
+func openBreaker(t *testing.T, cfg breakerConfig) *breaker {
+	t.Helper()
+	b := newBreaker(cfg)
+	t.Cleanup(b.close)
+	for range cfg.class.consecutive() {
+		b.fail("", hostFailure, "dial failed")
+	}
+	wantState(t, b, stateOpen)
+	return b
+}
+
+func wantState(t *testing.T, b *breaker, name string) {
+	t.Helper()
+	if got := b.state(); got.Name != name {
+		t.Fatalf("breaker is %s (%s), want %s", got.Name, got.Reason, name)
+	}
+}
+
+// wantRefused asks and checks that nothing went out, and why.
+func wantRefused(t *testing.T, b *breaker, reference, state string) *Open {
+	t.Helper()
+	_, err := b.allow(reference)
+	open := new(Open)
+	if !errors.As(err, &open) || open.State != state {
+		t.Fatalf("allow(%s) = %v, want it refused as %s", reference, err, state)
+	}
+	return open
+}
+
+func mustAllow(t *testing.T, b *breaker, reference string) func(verdict, string) {
+	t.Helper()
+	settle, err := b.allow(reference)
+	if err != nil {
+		t.Fatalf("allow(%s): %v", reference, err)
+	}
+	return settle
+}
+
+// What breaker.go relies on in gobreaker. Where one of these fails after an update, so does the wrapper.
+func TestGobreakerFacts(t *testing.T) {
+	type subject struct {
+		*gobreaker.TwoStepCircuitBreaker[struct{}]
+		asked []gobreaker.Counts // by ReadyToTrip
+	}
+	begin := func(t *testing.T, s *subject) func(error) {
+		t.Helper()
+		done, err := s.Allow()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return done
+	}
+	facts := []struct {
+		name  string
+		check func(t *testing.T, s *subject) // trips at three failures in a row
+	}{
+		{"a result counts where its request began, so after the window not at all", func(t *testing.T, s *subject) {
+			late := begin(t, s)
+			time.Sleep(window + bucket)
+			begin(t, s)(errFailed)
+			begin(t, s)(errFailed)
+			late(errFailed)
+			if last := s.asked[len(s.asked)-1]; last.ConsecutiveFailures != 2 {
+				t.Errorf("%d failures counted, want 2", last.ConsecutiveFailures)
+			}
+		}},
+		{"failures in a row leave with the window", func(t *testing.T, s *subject) {
+			begin(t, s)(errFailed)
+			begin(t, s)(errFailed)
+			time.Sleep(window)
+			begin(t, s)(errFailed)
+			if last := s.asked[len(s.asked)-1]; last.ConsecutiveFailures != 1 || last.TotalFailures != 1 {
+				t.Errorf("counts are %+v, want one failure", last)
+			}
+		}},
+		{"failures in a row stay for all of the window but a bucket", func(t *testing.T, s *subject) {
+			begin(t, s)(errFailed)
+			begin(t, s)(errFailed)
+			time.Sleep(window - bucket)
+			begin(t, s)(errFailed)
+			if s.State() != gobreaker.StateOpen {
+				t.Error("not open")
+			}
+		}},
+		{"requests count before their results", func(t *testing.T, s *subject) {
+			begin(t, s)
+			begin(t, s)(errFailed)
+			if last := s.asked[0]; last.Requests != 2 || last.TotalFailures != 1 {
+				t.Errorf("counts are %+v, want two requests, one failure", last)
+			}
+		}},
+		{"what is excluded breaks no row", func(t *testing.T, s *subject) {
+			begin(t, s)(errFailed)
+			begin(t, s)(errFailed)
+			begin(t, s)(errExcluded)
+			begin(t, s)(errFailed)
+			if s.State() != gobreaker.StateOpen {
+				t.Error("not open")
+			}
+		}},
+		{"State makes the change to half-open, a nanosecond late", func(t *testing.T, s *subject) {
+			trip(t, s.TwoStepCircuitBreaker)
+			time.Sleep(time.Nanosecond)
+			if s.State() != gobreaker.StateOpen {
+				t.Error("not open at its expiry")
+			}
+			time.Sleep(time.Nanosecond)
+			if s.State() != gobreaker.StateHalfOpen {
+				t.Error("not half-open after its expiry")
+			}
+		}},
+		{"results of an earlier state are ignored", func(t *testing.T, s *subject) {
+			late := begin(t, s)
+			trip(t, s.TwoStepCircuitBreaker)
+			time.Sleep(time.Second)
+			late(nil)
+			if s.State() != gobreaker.StateHalfOpen {
+				t.Error("a success from before the trip closed it")
+			}
+			begin(t, s) // nor did it take the trial's place
+		}},
+		{"a lost trial blocks half-open forever", func(t *testing.T, s *subject) {
+			trip(t, s.TwoStepCircuitBreaker)
+			time.Sleep(time.Second)
+			begin(t, s)
+			time.Sleep(24 * time.Hour)
+			if _, err := s.Allow(); !errors.Is(err, gobreaker.ErrTooManyRequests) {
+				t.Errorf("Allow = %v, want ErrTooManyRequests", err)
+			}
+		}},
+		{"an excluded trial makes place for the next", func(t *testing.T, s *subject) {
+			trip(t, s.TwoStepCircuitBreaker)
+			time.Sleep(time.Second)
+			begin(t, s)(errExcluded)
+			begin(t, s)(nil)
+			if s.State() != gobreaker.StateClosed {
+				t.Error("not closed by one success")
+			}
+		}},
+		{"a failed trial opens", func(t *testing.T, s *subject) {
+			trip(t, s.TwoStepCircuitBreaker)
+			time.Sleep(time.Second)
+			begin(t, s)(errFailed)
+			if s.State() != gobreaker.StateOpen {
+				t.Error("not open")
+			}
+		}},
+	}
+	for _, f := range facts {
+		t.Run(f.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &subject{}
+				s.TwoStepCircuitBreaker = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
+					Interval: window, BucketPeriod: bucket, Timeout: time.Nanosecond,
+					ReadyToTrip: func(c gobreaker.Counts) bool {
+						s.asked = append(s.asked, c)
+						return c.ConsecutiveFailures >= 3
+					},
+					IsExcluded: func(err error) bool { return errors.Is(err, errExcluded) },
+				})
+				f.check(t, s)
+			})
+		})
+	}
+}
+
+func trip(t *testing.T, cb *gobreaker.TwoStepCircuitBreaker[struct{}]) {
+	t.Helper()
+	for range 3 {
+		done, err := cb.Allow()
+		if err != nil {
+			t.Fatal(err)
+		}
+		done(errFailed)
+	}
+	if cb.State() != gobreaker.StateOpen {
+		t.Fatal("three failures do not trip")
+	}
+}
+
+// The other fact: callbacks hold the lock, so that one that asked the breaker anything would hang.
+func TestGobreakerCallsBackUnderItsLock(t *testing.T) {
+	order := make(chan string, 2)
+	var cb *gobreaker.TwoStepCircuitBreaker[struct{}]
+	cb = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{ReadyToTrip: func(gobreaker.Counts) bool {
+		go func() {
+			cb.State()
+			order <- "state"
+		}()
+		for range 100 {
+			runtime.Gosched()
+		}
+		order <- "callback"
+		return false
+	}})
+	done, err := cb.Allow()
+	if err != nil {
+		t.Fatal(err)
+	}
+	done(errFailed)
+	if first := <-order; first != "callback" {
+		t.Errorf("the lock was free during a callback")
+	}
+	<-order
+}
+
+// Each event is a reference and what came of it: + success, - failure, ! host failure, ? excluded;
+// a number waits for so many seconds.
+func TestBreakerTrips(t *testing.T) {
+	tests := []struct {
+		name   string
+		class  class
+		events string
+		want   string
+	}{
+		{"three in a row of two references", classManifest, "a- b- a-", stateOpen},
+		{"token like manifest", classToken, "a- b- a-", stateOpen},
+		{"two in a row", classManifest, "a- b-", stateClosed},
+		{"of one reference", classManifest, "a- a- a- a- a- a- a- a- a- a- a- a-", stateClosed},
+		{"a success in between", classManifest, "a- b- c+ a-", stateClosed},
+		{"the row's failures are of one, the other's is before a success", classManifest, "b- c+ a- a- a-", stateClosed},
+		{"what is excluded breaks no row", classManifest, "a- b- c? a-", stateOpen},
+		{"host failures need no second reference", classManifest, "a! a! a!", stateOpen},
+		{"one host failure shows that it is not the reference", classManifest, "a- a! a-", stateOpen},
+		{"five for blobs", classBlob, "a- b- a- b- a-", stateOpen},
+		{"four for blobs", classBlob, "a- b- a- b-", stateClosed},
+		{"half of ten", classManifest, "a+ b- a+ c- a+ b- a+ c- a+ b-", stateOpen},
+		{"half of nine", classManifest, "a+ b- a+ c- a+ b- a+ b- a+", stateClosed},
+		{"less than half", classManifest, "a+ a+ b- a+ a+ c- a+ a+ b- a+ a+ c- a+ a+ b- a+ a+ c-", stateClosed},
+		{"half of ten, all of one", classManifest, "a+ b- a+ b- a+ b- a+ b- a+ b- a+ b-", stateClosed},
+		{"half of what is not excluded", classManifest, "d? d? d? d? a+ b- a+ c- a+ b- a+ c- d? a+ d? b-", stateOpen},
+		{"the window forgets a row", classManifest, "a- b- 120 a-", stateClosed},
+		{"the window keeps a row", classManifest, "a- b- 110 a-", stateOpen},
+		{"the window forgets the second reference", classManifest, "b- 119 a- 5 a- a-", stateClosed},
+		{"the window forgets the ratio", classManifest, "a+ b- a+ c- a+ b- a+ c- a+ 130 b- a+", stateClosed},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBreaker(breakerConfig{class: tt.class, probe: probing(errNoProbe)})
+				defer b.close()
+				for _, event := range strings.Fields(tt.events) {
+					if seconds, err := time.ParseDuration(event + "s"); err == nil {
+						time.Sleep(seconds)
+						continue
+					}
+					settle, err := b.retry(event[:1]) // not held off for having failed
+					if err != nil {
+						t.Fatalf("%s: %v", event, err)
+					}
+					settle(map[byte]verdict{'+': success, '-': failure, '!': hostFailure, '?': excluded}[event[1]], "broken")
+					synctest.Wait()
+				}
+				wantState(t, b, tt.want)
+			})
+		})
+	}
+}
+
+func TestBreakerHoldOffGrows(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		random float64
+		want   []time.Duration
+	}{
+		{"mean", 0.5, []time.Duration{10 * time.Second, 20 * time.Second, 40 * time.Second, 60 * time.Second, 60 * time.Second}},
+		{"least", 0, []time.Duration{8 * time.Second, 16 * time.Second, 32 * time.Second, 48 * time.Second, 48 * time.Second}},
+		{"most", 1, []time.Duration{12 * time.Second, 24 * time.Second, 48 * time.Second, 72 * time.Second, 72 * time.Second}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var probes []time.Time
+				begin := time.Now()
+				b := openBreaker(t, breakerConfig{
+					class: classManifest,
+					rand:  func() float64 { return tt.random },
+					probe: func(context.Context) error {
+						probes = append(probes, time.Now())
+						return errSick
+					},
+				})
+				var got []time.Duration
+				for range tt.want {
+					state := b.state()
+					if !state.Since.Equal(begin) {
+						t.Errorf("out since %v, want %v", state.Since, begin)
+					}
+					got = append(got, time.Until(state.Until))
+					open := wantRefused(t, b, "a", stateOpen)
+					if !open.Until.Equal(state.Until) || !open.Since.Equal(begin) {
+						t.Errorf("refused until %v since %v, state says %v since %v", open.Until, open.Since, state.Until, begin)
+					}
+					time.Sleep(time.Until(state.Until))
+					synctest.Wait()
+				}
+				if diff := cmp.Diff(tt.want, got); diff != "" {
+					t.Errorf("hold-offs (-want +got):\n%s", diff)
+				}
+				if len(probes) != len(tt.want) {
+					t.Errorf("%d probes, want one a hold-off: %d", len(probes), len(tt.want))
+				}
+			})
+		})
+	}
+}
+
+func TestBreakerHoldOffStartsAnew(t *testing.T) {
+	for healthy, want := range map[time.Duration]time.Duration{
+		window - time.Second: 20 * time.Second,
+		window:               10 * time.Second,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := openBreaker(t, breakerConfig{class: classManifest, rand: steady, probe: probing(nil)})
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			wantState(t, b, stateClosed)
+			time.Sleep(healthy)
+			for range 3 {
+				b.fail("", hostFailure, "dial failed")
+			}
+			if got := time.Until(b.state().Until); got != want {
+				t.Errorf("hold-off after %v of health is %v, want %v", healthy, got, want)
+			}
+		})
+	}
+}
+
+func TestBreakerProbesInUsersStead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var bound time.Duration
+		var states []string
+		b := openBreaker(t, breakerConfig{
+			class:    classManifest,
+			rand:     steady,
+			onChange: func(s State) { states = append(states, s.Name) },
+			probe: func(ctx context.Context) error {
+				deadline, _ := ctx.Deadline()
+				bound = time.Until(deadline)
+				time.Sleep(3 * time.Second)
+				return nil
+			},
+		})
+		time.Sleep(10*time.Second - time.Nanosecond)
+		wantRefused(t, b, "a", stateOpen)
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		if bound != probeTimeout {
+			t.Errorf("probe has %v, want %v", bound, probeTimeout)
+		}
+		open := wantRefused(t, b, "a", stateHalfOpen)
+		if left := time.Until(open.Until); left != probeTimeout {
+			t.Errorf("refused for %v, want %v", left, probeTimeout)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		wantState(t, b, stateClosed)
+		mustAllow(t, b, "a")(success, "")
+		if diff := cmp.Diff([]string{stateOpen, stateHalfOpen, stateClosed}, states); diff != "" {
+			t.Errorf("changes told (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestBreakerProbeThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := openBreaker(t, breakerConfig{class: classBlob, rand: steady, probe: func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}})
+		time.Sleep(10*time.Second + probeTimeout)
+		synctest.Wait()
+		wantState(t, b, stateOpen)
+		if got := time.Until(b.state().Until); got != 20*time.Second {
+			t.Errorf("held off for %v more, want 20s", got)
+		}
+	})
+}
+
+func TestBreakerUsersTryWhenNothingIsKnown(t *testing.T) {
+	setup := func(t *testing.T) *breaker {
+		b := openBreaker(t, breakerConfig{class: classBlob, rand: steady, probe: probing(errNoProbe)})
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		wantState(t, b, stateHalfOpen)
+		return b
+	}
+	t.Run("one at a time, success closes", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			settle := mustAllow(t, b, "a")
+			wantRefused(t, b, "a", stateHalfOpen)
+			wantRefused(t, b, "b", stateHalfOpen)
+			settle(success, "")
+			wantState(t, b, stateClosed)
+			mustAllow(t, b, "b")
+		})
+	})
+	t.Run("excluded lets the next try", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			mustAllow(t, b, "a")(excluded, "")
+			mustAllow(t, b, "b")(success, "")
+			wantState(t, b, stateClosed)
+		})
+	})
+	t.Run("failure opens for longer, and others go first the next time", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			mustAllow(t, b, "a")(failure, "broken")
+			wantState(t, b, stateOpen)
+			if got := time.Until(b.state().Until); got != 20*time.Second {
+				t.Errorf("held off for %v more, want 20s", got)
+			}
+			time.Sleep(20 * time.Second)
+			synctest.Wait()
+			wantRefused(t, b, "a", stateHeld)
+			time.Sleep(firstSuspectHold)
+			mustAllow(t, b, "a")(excluded, "")
+			mustAllow(t, b, "b")(success, "")
+			mustAllow(t, b, "a")
+		})
+	})
+	t.Run("a lost verdict holds it up no longer than a verdict may take", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			lost := mustAllow(t, b, "a")
+			time.Sleep(classBlob.longest())
+			wantRefused(t, b, "b", stateHalfOpen)
+			time.Sleep(time.Nanosecond)
+			settle := mustAllow(t, b, "b")
+			lost(failure, "found again") // too late
+			wantState(t, b, stateHalfOpen)
+			settle(success, "")
+			wantState(t, b, stateClosed)
+		})
+	})
+	t.Run("a late verdict is one", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			settle := mustAllow(t, b, "a")
+			time.Sleep(40 * time.Second)
+			settle(success, "")
+			settle(failure, "said twice")
+			wantState(t, b, stateClosed)
+		})
+	})
+	t.Run("another class's host failure is a verdict too", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := setup(t)
+			b.fail("", hostFailure, "dial failed")
+			wantState(t, b, stateOpen)
+			b.fail("", hostFailure, "dial failed") // tells nothing new
+			if got := time.Until(b.state().Until); got != 20*time.Second {
+				t.Errorf("held off for %v more, want 20s", got)
+			}
+		})
+	})
+}
+
+func TestBreakerIgnoresTheStateBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, rand: steady, probe: probing(nil)})
+		defer b.close()
+		early := []func(verdict, string){mustAllow(t, b, "x"), mustAllow(t, b, "y"), mustAllow(t, b, "z"), mustAllow(t, b, "u")}
+		for range 3 {
+			b.fail("", hostFailure, "dial failed")
+		}
+		early[0](success, "")
+		wantState(t, b, stateOpen)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		wantState(t, b, stateClosed)
+		for _, settle := range early[1:] {
+			settle(failure, "answered 500")
+		}
+		wantState(t, b, stateClosed)
+		mustAllow(t, b, "y")(success, "")
+	})
+}
+
+func TestSuspectIsHeldOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		probes := 0
+		b := newBreaker(breakerConfig{class: classManifest, probe: func(context.Context) error { probes++; return nil }})
+		defer b.close()
+		for i, want := range []time.Duration{2, 4, 8, 16, 32, 60, 60} {
+			also := mustAllow(t, b, "other")
+			mustAllow(t, b, "a")(failure, "answered 500")
+			open := wantRefused(t, b, "a", stateHeld)
+			if got := time.Until(open.Until); got != want*time.Second {
+				t.Errorf("failure %d holds off for %v, want %v", i+1, got, want*time.Second)
+			}
+			if !strings.Contains(open.Error(), "this reference") || !strings.Contains(open.Error(), "answered 500") {
+				t.Errorf("%q does not say that it is the reference, and why", open)
+			}
+			also(success, "")
+			time.Sleep(want * time.Second)
+			synctest.Wait()
+			if want := max(0, i-1); probes != want {
+				t.Errorf("%d probes after %d failures, want %d", probes, i+1, want)
+			}
+			wantState(t, b, stateClosed)
+		}
+		mustAllow(t, b, "a")(success, "")
+		mustAllow(t, b, "a")(failure, "answered 500")
+		if got := time.Until(wantRefused(t, b, "a", stateHeld).Until); got != firstSuspectHold {
+			t.Errorf("the first failure after a success holds off for %v, want %v", got, firstSuspectHold)
+		}
+		time.Sleep(firstSuspectHold + window + time.Second)
+		mustAllow(t, b, "a")(failure, "answered 500")
+		if got := time.Until(wantRefused(t, b, "a", stateHeld).Until); got != firstSuspectHold {
+			t.Errorf("the first failure for a long time holds off for %v, want %v", got, firstSuspectHold)
+		}
+	})
+}
+
+func TestSuspectIsTriedByOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, probe: probing(nil)})
+		defer b.close()
+		first, second, third := mustAllow(t, b, "a"), mustAllow(t, b, "a"), mustAllow(t, b, "a")
+		first(failure, "answered 500")
+		second(failure, "answered 500") // of the same moment: no further failure of the reference
+		if got := time.Until(wantRefused(t, b, "a", stateHeld).Until); got != firstSuspectHold {
+			t.Errorf("held off for %v, want %v", got, firstSuspectHold)
+		}
+		time.Sleep(firstSuspectHold)
+		settle := mustAllow(t, b, "a")
+		wantRefused(t, b, "a", stateHeld)
+		third(excluded, "") // not the one that tries
+		wantRefused(t, b, "a", stateHeld)
+		settle(excluded, "")
+		lost := mustAllow(t, b, "a")
+		time.Sleep(classManifest.longest())
+		settle = mustAllow(t, b, "a")
+		lost(excluded, "")
+		wantRefused(t, b, "a", stateHeld)
+		settle(success, "")
+		mustAllow(t, b, "a")
+		mustAllow(t, b, "a")
+	})
+}
+
+func TestSuspectsThirdFailureAsksWhoseFaultItIs(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		probe error
+		want  string
+	}{
+		{"the upstream's", errSick, stateOpen},
+		{"the reference's", nil, stateClosed},
+		{"unknown", fmt.Errorf("throttled: %w", errNoProbe), stateClosed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBreaker(breakerConfig{class: classBlob, probe: probing(tt.probe)})
+				defer b.close()
+				for range suspectFailures {
+					time.Sleep(maxSuspectHold)
+					wantState(t, b, stateClosed)
+					mustAllow(t, b, "a")(failure, "answered 500")
+					synctest.Wait()
+				}
+				wantState(t, b, tt.want)
+				if tt.want == stateOpen {
+					if reason := b.state().Reason; !strings.Contains(reason, errSick.Error()) {
+						t.Errorf("reason %q does not say what the probe saw", reason)
+					}
+					return
+				}
+				wantRefused(t, b, "a", stateHeld)
+				mustAllow(t, b, "b")(success, "")
+			})
+		})
+	}
+}
+
+func TestSuspectsAreBounded(t *testing.T) {
+	s, now := suspects{}, time.Now()
+	for i := range 2 * maxSuspects {
+		s.fail(fmt.Sprint(i), "answered 500", now.Add(time.Duration(i)))
+	}
+	if len(s) != maxSuspects {
+		t.Errorf("%d suspects, want %d", len(s), maxSuspects)
+	}
+	if s.refuse(fmt.Sprint(maxSuspects), now) == nil || s.refuse(fmt.Sprint(maxSuspects-1), now) != nil {
+		t.Error("not the oldest were dropped")
+	}
+}
+
+func TestRetryIsNotHeldOffByTheFirstTry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, probe: probing(nil)})
+		defer b.close()
+		mustAllow(t, b, "a")(failure, "answered 502")
+		wantRefused(t, b, "a", stateHeld)
+		settle, err := b.retry("a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		settle(success, "")
+		mustAllow(t, b, "a")
+	})
+}
+
+// 100 requests a second for one tag, all answered with 500.
+func TestF08BreakerLetsFewThrough(t *testing.T) {
+	for name, probe := range map[string]error{"known content": errSick, "nothing known": errNoProbe} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				sent := 0
+				b := newBreaker(breakerConfig{class: classManifest, probe: func(context.Context) error {
+					if probe != errNoProbe {
+						sent++
+					}
+					return probe
+				}})
+				defer b.close()
+				for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+					if settle, err := b.allow("a"); err == nil {
+						sent++
+						settle(failure, "answered 500")
+					}
+				}
+				if sent > 12 {
+					t.Errorf("%d requests in a minute, want at most 12", sent)
+				}
+			})
+		})
+	}
+}
+
+func TestF10FlappingUpstream(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			begin := time.Now()
+			good := func() bool { return time.Since(begin)%(20*time.Second) < 10*time.Second }
+			var opened atomic.Int32
+			var before atomic.Value
+			before.Store(stateClosed)
+			random := rand.New(rand.NewPCG(seed, seed))
+			b := newBreaker(breakerConfig{
+				class: classManifest,
+				rand:  random.Float64,
+				onChange: func(s State) {
+					if before.Swap(s.Name) == stateClosed {
+						opened.Add(1)
+					}
+				},
+				probe: func(context.Context) error {
+					if good() {
+						return nil
+					}
+					return errSick
+				},
+			})
+			defer b.close()
+			for i := 0; time.Since(begin) < 30*time.Minute; i++ {
+				if settle, err := b.allow(fmt.Sprint(i % 50)); err == nil {
+					if good() {
+						settle(success, "")
+					} else {
+						settle(failure, "answered 503")
+					}
+				}
+				time.Sleep(100 * time.Millisecond)
+			}
+			if n := opened.Load(); n < 1 || n > 25 {
+				t.Errorf("opened %d times in 30 minutes, want at most 25", n)
+			}
+		})
+	}
+}
+
+// A CDN that sends headers and then nothing: each failure takes 40 s to tell.
+func TestF72StalledBodiesOpenTheBlobBreaker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classBlob, rand: steady, probe: func(ctx context.Context) error {
+			<-ctx.Done() // its body stalls as well
+			return ctx.Err()
+		}})
+		defer b.close()
+		for i := range 5 {
+			settle := mustAllow(t, b, fmt.Sprint(i))
+			time.AfterFunc(40*time.Second, func() { settle(failure, "cdn.example: body too slow") })
+			time.Sleep(10 * time.Second)
+		}
+		wantState(t, b, stateClosed)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		wantState(t, b, stateOpen)
+		for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); time.Sleep(time.Second) {
+			if _, err := b.allow("a"); err == nil {
+				t.Fatal("a user was let through to a stalling CDN")
+			}
+		}
+	})
+}
+
+// 500 for one tag at 100/min, 200 for the rest.
+func TestF73OneBrokenReferenceClosesNothing(t *testing.T) {
+	for name, probe := range map[string]error{"known content": nil, "nothing known": errNoProbe} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBreaker(breakerConfig{class: classManifest, probe: probing(probe)})
+				defer b.close()
+				asked := 0
+				for i := range 1000 { // ten minutes
+					if settle, err := b.allow("broken"); err == nil {
+						asked++
+						settle(failure, "answered 500")
+					}
+					time.Sleep(600 * time.Millisecond)
+					if i%10 == 0 { // few: the broken one may well be the most of what is asked
+						settle := mustAllow(t, b, fmt.Sprint(i))
+						settle(success, "")
+					}
+				}
+				wantRefused(t, b, "broken", stateHeld)
+				if asked > 15 {
+					t.Errorf("the broken reference was asked for %d times, want it held off", asked)
+				}
+			})
+		})
+	}
+}
+
+// Whatever has happened, an upstream that is well again is used again, in bounded time, and until
+// then one request at a time is enough to see it.
+func TestBreakerAlwaysRecovers(t *testing.T) {
+	const (
+		bound      = 72*time.Second + probeTimeout + 45*time.Second + time.Second // longest hold-off, probe, lost verdict
+		references = 4
+	)
+	synctest.Test(t, func(t *testing.T) {
+		check := func(t *rapid.T) {
+			healthy := false
+			known := rapid.Bool().Draw(t, "known")
+			var probeFails atomic.Int32
+			class := class(rapid.IntRange(int(classToken), int(classBlob)).Draw(t, "class"))
+			b := newBreaker(breakerConfig{class: class, probe: func(ctx context.Context) error {
+				switch {
+				case !known:
+					return errNoProbe
+				case healthy:
+					return nil
+				case probeFails.Add(1)%3 == 0:
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				return errSick
+			}})
+			defer b.close()
+			var flying []func(verdict, string)
+			reference := rapid.Custom(func(t *rapid.T) string { return fmt.Sprint(rapid.IntRange(1, references).Draw(t, "reference")) })
+			verdicts := rapid.SampledFrom([]verdict{success, failure, failure, failure, hostFailure, excluded})
+			allow := func(ask func(string) (func(verdict, string), error), reference string) {
+				before := b.state()
+				settle, err := ask(reference)
+				if open := new(Open); err != nil && !errors.As(err, &open) {
+					t.Fatalf("refused with %v", err)
+				}
+				switch after := b.state(); {
+				case err == nil && (before.Name == stateOpen || after.Name == stateOpen):
+					t.Fatal("let through while open")
+				case err == nil && after.Name == stateHalfOpen:
+					if _, err := b.retry("another"); err == nil {
+						t.Fatal("two trials at once")
+					}
+				}
+				if err == nil {
+					flying = append(flying, settle)
+				}
+			}
+			t.Repeat(map[string]func(*rapid.T){
+				"allow": func(t *rapid.T) { allow(b.allow, reference.Draw(t, "of")) },
+				"retry": func(t *rapid.T) { allow(b.retry, reference.Draw(t, "of")) },
+				"settle": func(t *rapid.T) {
+					if len(flying) == 0 {
+						t.Skip()
+					}
+					i := rapid.IntRange(0, len(flying)-1).Draw(t, "which")
+					flying[i](verdicts.Draw(t, "verdict"), "reason")
+					if rapid.Bool().Draw(t, "forget") {
+						flying = slices.Delete(flying, i, i+1)
+					}
+				},
+				"fail": func(t *rapid.T) { b.fail(reference.Draw(t, "of"), verdicts.Draw(t, "verdict"), "reason") },
+				"wait": func(t *rapid.T) {
+					time.Sleep(time.Duration(rapid.IntRange(0, 150_000).Draw(t, "ms")) * time.Millisecond)
+				},
+				"": func(t *rapid.T) {
+					synctest.Wait()
+					switch s := b.state(); {
+					case s.Name == stateOpen && time.Until(s.Until) > 72*time.Second:
+						t.Fatalf("held off for %v", time.Until(s.Until))
+					case (s.Name == stateClosed) != s.Until.IsZero(), s.Since.After(time.Now()):
+						t.Fatalf("state %+v", s)
+					}
+				},
+			})
+			healthy = true
+			begin := time.Now()
+			for i := 0; ; i++ {
+				served := true
+				for r := range references {
+					if settle, err := b.allow(fmt.Sprint(r + 1)); err == nil {
+						settle(success, "")
+					} else {
+						served = false
+					}
+				}
+				if served && b.state().Name == stateClosed {
+					break
+				}
+				if time.Since(begin) > bound {
+					t.Fatalf("%+v after %v of health", b.state(), time.Since(begin))
+				}
+				time.Sleep(time.Second)
+				synctest.Wait()
+			}
+		}
+		rapid.Check(struct{ rapid.TB }{t}, check) // hides t's Deadline, which a bubble has not
+	})
+}
+
+func TestBreakerConcurrently(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var sick atomic.Bool
+		var trials atomic.Int32
+		b := newBreaker(breakerConfig{class: classManifest, probe: func(context.Context) error {
+			if sick.Load() {
+				return errSick
+			}
+			return nil
+		}, onChange: func(State) { trials.Add(1) }})
+		defer b.close()
+		var wg sync.WaitGroup
+		for worker := range 16 {
+			wg.Go(func() {
+				random := rand.New(rand.NewPCG(1, uint64(worker)))
+				for i := range 300 {
+					settle, err := b.allow(fmt.Sprint(random.IntN(20)))
+					if err == nil {
+						go settle(verdict(random.IntN(4)), "reason")
+						settle(success, "")
+					}
+					b.state()
+					if i%10 == 0 {
+						b.fail("", hostFailure, "dial failed")
+					}
+					time.Sleep(time.Duration(random.IntN(1000)) * time.Millisecond)
+					sick.Store(random.IntN(2) == 0)
+				}
+			})
+		}
+		wg.Wait()
+		if trials.Load() == 0 {
+			t.Error("it never tripped: nothing was tested")
+		}
+	})
+}
+
+func TestBreakerCloseWaitsForTheProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ended := false
+		b := openBreaker(t, breakerConfig{class: classToken, rand: steady, probe: func(ctx context.Context) error {
+			<-ctx.Done()
+			time.Sleep(time.Second)
+			ended = true
+			return ctx.Err()
+		}})
+		time.Sleep(10*time.Second + time.Millisecond)
+		b.close()
+		if !ended {
+			t.Error("close did not wait for the probe")
+		}
+		wantState(t, b, stateHalfOpen) // a probe that close ended says nothing
+		b.close()
+	})
+}

@@ -1,0 +1,52 @@
+package upstream
+
+import (
+	"context"
+	"io"
+	"net/http"
+)
+
+// The probes try a sick upstream in the users' place, on the path that users take, with content that
+// it is known to have had (DESIGN 8). GET /v2/ alone would say nothing of manifests or blobs. Each
+// goes over a connection of its own.
+
+func (c *Client) probeToken(ctx context.Context) error {
+	return c.auth.probe(ctx)
+}
+
+func (c *Client) probeManifest(ctx context.Context) error {
+	ref := c.good[0].Load()
+	if ref == nil {
+		return errNoProbe
+	}
+	return c.probeWith(ctx, query{http.MethodHead, classManifest, *ref, "/manifests/" + ref.Identifier(), manifestAccept})
+}
+
+func (c *Client) probeBlob(ctx context.Context) error {
+	ref := c.good[1].Load()
+	if ref == nil {
+		return errNoProbe
+	}
+	return c.probeWith(ctx, query{http.MethodGet, classBlob, *ref, "/blobs/" + ref.Digest.String(), nil})
+}
+
+// probeWith asks past the breaker, which is what is being decided.
+func (c *Client) probeWith(ctx context.Context, q query) error {
+	c.http.CloseIdleConnections()
+	resp, err := c.authorized(ctx, q)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		if e := c.judge(q.class, resp); e.verdict == failure || e.verdict == hostFailure || e.Kind == Throttled {
+			return e
+		}
+		return nil
+	}
+	_, err = io.CopyN(io.Discard, resp.Body, verdictBytes)
+	if err == io.EOF {
+		err = nil
+	}
+	return err
+}

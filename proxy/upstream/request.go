@@ -1,0 +1,246 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	"breakwater/pkg/oci"
+)
+
+// stallTimeout is how long a body may bring nothing.
+const stallTimeout = 15 * time.Second
+
+// query is one question about a repository.
+type query struct {
+	method string
+	class  class
+	ref    oci.Reference // what failures are counted by
+	path   string        // behind the repository's name: /manifests/latest
+	header http.Header
+}
+
+// send asks, if hold and breaker allow it, and returns an answer with a status of 2xx. The caller
+// settles it with nil or an *Error once it knows what the answer is worth.
+func (c *Client) send(ctx context.Context, q query) (*http.Response, func(error), error) {
+	if left := c.hold.left(time.Now()); left > 0 {
+		return nil, nil, &Error{Upstream: c.base.Host, Class: q.class.String(), Kind: Throttled, Reason: "asked us to wait", RetryAfter: left, State: "held off"}
+	}
+	verdict, err := c.breakers[q.class].allow(q.ref.String())
+	if err != nil {
+		return nil, nil, c.refused(q.class, err)
+	}
+	settle := c.settler(q.class, verdict)
+	resp, err := c.authorized(ctx, q)
+	if err == nil && resp.StatusCode >= 300 {
+		err = c.judge(q.class, resp)
+	}
+	if err != nil {
+		settle(err)
+		return nil, nil, err
+	}
+	return resp, settle, nil
+}
+
+// settler wraps a breaker's settle so that an error says by itself what it counts for, and so that
+// an *Error learns since when this has been going on.
+func (c *Client) settler(class class, settle func(verdict, string)) func(error) {
+	return func(err error) {
+		e := new(Error)
+		switch {
+		case err == nil:
+			c.failing[class].Store(nil)
+			c.counts[class].succeeded.Add(1)
+			settle(success, "")
+			return
+		case !errors.As(err, &e):
+			settle(excluded, err.Error())
+			return
+		}
+		switch e.verdict {
+		case success:
+			c.failing[class].Store(nil)
+			c.counts[class].succeeded.Add(1)
+		case excluded:
+			c.counts[class].excluded.Add(1)
+		default:
+			now := time.Now()
+			c.failing[class].CompareAndSwap(nil, &now)
+			c.counts[class].failed.Add(1)
+		}
+		settle(e.verdict, e.Reason)
+		if e.verdict == hostFailure {
+			c.pool.hostFailed(hostPort(c.base), e.Reason, c.breakers[class])
+		}
+		if since := c.failing[class].Load(); since != nil && e.Outage() {
+			e.Since = *since
+		}
+		e.State = c.breakers[class].state().Name
+	}
+}
+
+// refused is the Error of a request that the breaker did not let through.
+func (c *Client) refused(class class, err error) *Error {
+	e := &Error{Upstream: c.base.Host, Class: class.String(), Reason: err.Error(), verdict: excluded}
+	open := new(Open)
+	if errors.As(err, &open) {
+		e.Reason, e.State, e.Since, e.RetryAfter = open.Reason, open.State, open.Since, max(time.Until(open.Until), time.Second)
+	}
+	if since := c.failing[class].Load(); since != nil && (e.Since.IsZero() || since.Before(e.Since)) {
+		e.Since = *since
+	}
+	return e
+}
+
+// judge makes an Error of a status that is not 2xx (DESIGN 8, "What counts"), and closes the body.
+func (c *Client) judge(class class, resp *http.Response) *Error {
+	defer resp.Body.Close()
+	said := oci.ReadError(resp)
+	e := &Error{Upstream: c.base.Host, Class: class.String(), Status: resp.StatusCode, Err: said, verdict: excluded}
+	e.Reason = fmt.Sprintf("answered %d", resp.StatusCode)
+	elsewhere := resp.Request.URL.Host != c.base.Host
+	if elsewhere {
+		e.Reason = fmt.Sprintf("%s, to which it redirects, answered %d", resp.Request.URL.Host, resp.StatusCode)
+	}
+	switch status := resp.StatusCode; {
+	case status == http.StatusNotFound || status == http.StatusGone:
+		e.Kind, e.verdict = NotFound, success
+	case status == http.StatusTooManyRequests:
+		e.Kind, e.RetryAfter = Throttled, c.hold.extend(resp.Header, time.Now())
+	case elsewhere && (status == http.StatusForbidden || status == http.StatusUnauthorized):
+		e.verdict = failure // an expired signature is the blob host's trouble, not a refusal of ours
+	case status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusUnavailableForLegalReasons:
+		e.Kind = Denied
+	case status == http.StatusRequestedRangeNotSatisfiable:
+		e.verdict = success
+	case status == http.StatusRequestTimeout || status >= 500 || status < 400:
+		e.verdict = failure
+	}
+	return e
+}
+
+// authorized asks with the authorization that worked last time, and once more with a new one if
+// the upstream challenges.
+func (c *Client) authorized(ctx context.Context, q query) (*http.Response, error) {
+	authorization := c.auth.remembered(q.ref.Repository)
+	resp, err := c.roundTrip(ctx, q, authorization)
+	if err != nil || resp.StatusCode != http.StatusUnauthorized || resp.Request.URL.Host != c.base.Host {
+		return resp, err
+	}
+	challenges := parseChallenges(resp.Header.Values("WWW-Authenticate"))
+	authorization, err = c.auth.answer(ctx, q.ref.Repository, challenges, authorization)
+	if err != nil || authorization == "" {
+		if err == nil {
+			return resp, nil // nothing to answer with: the 401 stands
+		}
+		resp.Body.Close()
+		return nil, err
+	}
+	discard(resp.Body)
+	return c.roundTrip(ctx, q, authorization)
+}
+
+// roundTrip sends one request, redirects included, bounded to its header in time; its body is
+// bounded by stallTimeout from read to read.
+func (c *Client) roundTrip(ctx context.Context, q query, authorization string) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	req, err := http.NewRequestWithContext(ctx, q.method, c.url(q), nil)
+	if err != nil {
+		cancel(nil)
+		return nil, c.malformed(q.class, 0, err)
+	}
+	for name, values := range q.header {
+		req.Header[name] = values
+	}
+	req.Header.Set("User-Agent", "breakwater")
+	if authorization != "" {
+		req.Header.Set("Authorization", authorization)
+	}
+	return c.do(ctx, cancel, q.class, req)
+}
+
+// do is the one place that puts a request on the wire, for content and tokens alike.
+func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class class, req *http.Request) (*http.Response, error) {
+	bound := time.AfterFunc(headerTimeout, func() { cancel(errNoHeader) })
+	defer bound.Stop()
+	client := *c.http
+	if class == classToken {
+		client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		failed := c.failed(ctx, class, withoutURL(err))
+		cancel(nil)
+		if failed.verdict != excluded {
+			c.http.CloseIdleConnections() // what is pooled is as likely to be dead
+		}
+		return nil, failed
+	}
+	resp.Body = &stallGuard{ReadCloser: resp.Body, cancel: cancel, timer: stopped(func() { cancel(errStalled) })}
+	return resp, nil
+}
+
+func (c *Client) url(q query) string {
+	return c.base.JoinPath("v2", c.cfg.RepositoryPrefix+q.ref.Name).String() + q.path
+}
+
+// checkRedirect lets an upstream send us elsewhere a few times, but never down to http, and never
+// with our credentials or the address that we come from, not even to itself (CVE-2024-45336). Where
+// to is the dial guard's matter.
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if len(via) > maxRedirects {
+		return fmt.Errorf("more than %d redirects", maxRedirects)
+	}
+	from, to := via[len(via)-1].URL, req.URL
+	if (to.Scheme != "https" && to.Scheme != "http") || (from.Scheme == "https" && to.Scheme != "https") || to.User != nil {
+		return fmt.Errorf("redirect from %s to %.20s URL refused", from.Scheme, to.Scheme)
+	}
+	req.Header.Del("Authorization")
+	req.Header.Del("Referer")
+	return nil
+}
+
+// withoutURL drops http.Client's prefix from an error: the URL may be a signed one.
+func withoutURL(err error) error {
+	if u := new(url.Error); errors.As(err, &u) {
+		return u.Err
+	}
+	return err
+}
+
+// discard reads the rest of a small body, so that the connection can be used again.
+func discard(body io.ReadCloser) {
+	_, _ = io.CopyN(io.Discard, body, 4<<10)
+	body.Close()
+}
+
+// stallGuard cancels the request when one Read brings nothing for stallTimeout.
+type stallGuard struct {
+	io.ReadCloser
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+}
+
+func stopped(f func()) *time.Timer {
+	t := time.AfterFunc(time.Hour, f)
+	t.Stop()
+	return t
+}
+
+func (g *stallGuard) Read(p []byte) (int, error) {
+	g.timer.Reset(stallTimeout)
+	n, err := g.ReadCloser.Read(p)
+	g.timer.Stop()
+	return n, err
+}
+
+func (g *stallGuard) Close() error {
+	g.timer.Stop()
+	err := g.ReadCloser.Close()
+	g.cancel(nil)
+	return err
+}

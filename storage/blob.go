@@ -1,0 +1,123 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Blob is content open for reading: stored, or still arriving. It is an io.ReadSeekCloser for one
+// goroutine, and does not show its file's SyscallConn: the kernel would read what an ingest has not
+// released.
+type Blob struct {
+	file   *os.File        // its offset is the Blob's
+	size   int64           // of stored content
+	ingest *Ingest         // nil once stored
+	ctx    context.Context // ends the waiting for an ingest; Read has no parameter for it
+}
+
+// Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
+// What does not have the size that it was stored with is quarantined, and absent.
+func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
+	b, err := d.openBlob(repo, dgst)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", dgst, err)
+	}
+	return b, nil
+}
+
+func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
+	in := d.blobs[dgst.Algorithm()]
+	file, info, err := d.openFile(in, dgst.Encoded())
+	if err != nil {
+		return nil, err
+	}
+	r, err := d.reach(repo, dgst)
+	if err == nil && r.Size != info.Size() {
+		err = d.quarantine(in, dgst.Encoded(), fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size))
+	}
+	if err != nil {
+		_ = file.Close()
+		return nil, err
+	}
+	return &Blob{file: file, size: info.Size()}, nil
+}
+
+// Stored reports whether the content is in the store, whoever reaches it.
+func (d *Disk) Stored(dgst digest.Digest) bool {
+	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	return err == nil && info.Mode().IsRegular()
+}
+
+// Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
+// it is fetched again. Those who have it open may read on.
+func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
+	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
+	d.manifests.remove(dgst)
+}
+
+// Size is the length in bytes, or -1 while it is not known.
+func (b *Blob) Size() int64 {
+	if b.ingest != nil {
+		return b.ingest.Size()
+	}
+	return b.size
+}
+
+// Await waits until there is something to read at the Blob's offset. It returns the file, whose
+// offset is the Blob's, and how many bytes of it may be read from there: at least one, at most limit.
+// This is for sendfile; whoever takes more gets bytes that are not verified. At the end it returns
+// io.EOF, and for an ingest that has failed, once all released bytes are read, the reason.
+func (b *Blob) Await(limit int64) (*os.File, int64, error) {
+	offset, err := b.file.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, 0, err
+	}
+	end := b.size
+	if b.ingest != nil {
+		if end, err = b.ingest.await(b.ctx, offset); err != nil {
+			return nil, 0, err
+		}
+	}
+	if offset >= end {
+		return nil, 0, io.EOF
+	}
+	return b.file, min(limit, end-offset), nil
+}
+
+// Read reads what may be read, waiting for it if it is still to arrive.
+func (b *Blob) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	file, n, err := b.Await(int64(len(p)))
+	if err != nil {
+		return 0, err
+	}
+	read, err := file.Read(p[:n])
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF // somebody has cut the file
+	}
+	return read, err
+}
+
+// Seek sets the offset. It does not wait: io.SeekEnd is an error while the size is not known.
+func (b *Blob) Seek(offset int64, whence int) (int64, error) {
+	if whence != io.SeekEnd {
+		return b.file.Seek(offset, whence)
+	}
+	size := b.Size()
+	if size < 0 {
+		return 0, errors.New("seek from the end: the size is not known yet")
+	}
+	return b.file.Seek(size+offset, io.SeekStart)
+}
+
+// Close closes the Blob. An ingest goes on.
+func (b *Blob) Close() error { return b.file.Close() }

@@ -1,0 +1,305 @@
+// Package storage is where bytes rest. It hides how content and what is known about it lie on the
+// disk, and promises that nothing is visible before it is verified, that what was reported stored
+// survives a power cut, and that private content is read only through repositories where an upstream
+// has confirmed it.
+//
+// The data folder is an OCI image layout, so that other tools can read it, with more beside it:
+//
+//	oci-layout
+//	index.json                       every tag, for other tools; never read here
+//	blobs/<algorithm>/<hex>          content, manifests too
+//	records/_public/<hex>            content that was once got anonymously: any repository reads it
+//	records/<registry>/<repository>/
+//	    _blobs/<hex>                 confirmed in this repository, needed for private content
+//	    _manifests/<hex>             the same for a manifest, with its media type and last pull
+//	    _tags/<tag>                  what a tag named when it was last confirmed
+//	    _answers/<sha256 of key>     stored answers that are neither manifests nor blobs
+//	tmp/                             what is being written; swept at start
+//	quarantine/                      what must not be served; for people to look at
+//	LOCK                             flock, and the id of the process that holds it
+//	VERSION                          of this layout
+//
+// No component of a repository's name begins with "_", and the two algorithms' hex differ in length.
+// A look-up goes straight to its path; nothing is scanned first, so that a start takes no time.
+package storage
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+// layoutVersion is what VERSION holds. It grows when an older Breakwater could misread the folder.
+const layoutVersion = 1
+
+// flushEvery is how often what is only kept in memory goes to the disk: ages that look a little
+// older after a crash are all that can be lost.
+const flushEvery = 5 * time.Second
+
+// Config says where the store is. Only Dir must be set.
+type Config struct {
+	Dir      string       // the data folder; created if missing
+	Capacity int64        // bytes; nothing larger is taken in. 0 means no bound
+	Logger   *slog.Logger // nil discards
+}
+
+// Disk is the store in one data folder. All of its methods may be called at the same time.
+type Disk struct {
+	log      *slog.Logger
+	capacity int64
+	lockFile *os.File
+	session  string        // begins the names of this process's temporary files
+	sequence atomic.Uint64 // ends them
+
+	root    *os.Root
+	tmp     folder
+	records folder
+	blobs   map[digest.Algorithm]folder
+	sync    func(*os.File) error // fsync of files and folders; a field so that tests can let it fail
+
+	manifests *manifestCache
+	tags      *tagCache
+	exporter  exporter
+	writers   stripes
+	folders   sync.Mutex // held while folders are made, until they are durable
+
+	stop context.CancelFunc
+	work sync.WaitGroup // all that Open has started
+}
+
+// Open takes the data folder for this process and creates what is missing. It does not look at the
+// content, so it returns at once however much there is. A folder that another process holds, that
+// anybody may write to, or that a newer Breakwater has written, is refused.
+func Open(cfg Config) (*Disk, error) {
+	d := &Disk{
+		log:      cfg.Logger,
+		capacity: cfg.Capacity,
+		session:  rand.Text()[:8],
+		sync:     (*os.File).Sync,
+		blobs:    map[digest.Algorithm]folder{},
+		writers:  stripes{seed: maphash.MakeSeed()},
+	}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	if d.capacity <= 0 {
+		d.capacity = math.MaxInt64
+	}
+	if err := d.open(cfg.Dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("data folder %s: %w", cfg.Dir, err), d.release())
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	d.stop = stop
+	d.work.Go(func() { d.sweep(ctx) })
+	d.work.Go(func() { d.flushLoop(ctx) })
+	return d, nil
+}
+
+// open does all of Open that can fail.
+func (d *Disk) open(dir string) (err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if d.root, err = os.OpenRoot(dir); err != nil {
+		return err
+	}
+	if err := checkFolder(d.root, "."); err != nil {
+		return err
+	}
+	if err := d.lock(); err != nil {
+		return err
+	}
+	if err := d.checkVersion(); err != nil {
+		return err
+	}
+	if d.manifests, err = newManifestCache(); err != nil {
+		return err
+	}
+	if d.tags, err = newTagCache(); err != nil {
+		return err
+	}
+	for _, name := range []string{"tmp", "quarantine", "records", "records/_public", "blobs", "blobs/sha256", "blobs/sha512"} {
+		if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := checkFolder(d.root, name); err != nil {
+			return err
+		}
+		f := folder{path: name}
+		if f.Root, err = d.root.OpenRoot(name); err != nil {
+			return err
+		}
+		switch name {
+		case "tmp":
+			d.tmp = f
+		case "records":
+			d.records = f
+		case "blobs/sha256", "blobs/sha512":
+			d.blobs[digest.Algorithm(path.Base(name))] = f
+		default:
+			_ = f.Close()
+		}
+	}
+	return d.createFiles()
+}
+
+// createFiles writes the files that make the folder an OCI layout of this version, where missing.
+func (d *Disk) createFiles() error {
+	for name, text := range map[string]string{
+		"VERSION":             strconv.Itoa(layoutVersion) + "\n",
+		ispec.ImageLayoutFile: `{"imageLayoutVersion":"` + ispec.ImageLayoutVersion + `"}`,
+		ispec.ImageIndexFile:  `{"schemaVersion":2,"manifests":[]}`,
+	} {
+		_, err := d.root.Lstat(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = d.put(name, []byte(text))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	// The folders made above have the data folder as parent, or one that was just made itself.
+	return errors.Join(d.syncFolder("blobs"), d.syncFolder("records"), d.syncFolder("."))
+}
+
+// lock takes LOCK for as long as the process lives, or says who has it. The holder's id in the file
+// goes when it stops cleanly; found here, it tells that the last one did not.
+func (d *Disk) lock() error {
+	file, err := d.root.OpenFile("LOCK", os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return err
+	}
+	d.lockFile = file
+	if _, err := checkFile(d.root, "LOCK", file); err != nil { // before we write to what it may be a link to
+		return err
+	}
+	var text [32]byte
+	n, err := file.ReadAt(text[:], 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	holder := strings.TrimSpace(string(text[:n]))
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("in use by process %s: two cannot share one data folder", cmp.Or(holder, "of unknown id"))
+		}
+		return os.NewSyscallError("flock", err)
+	}
+	d.exporter.changed.Store(holder != "")
+	if err := file.Truncate(0); err != nil {
+		return err
+	}
+	_, err = file.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	return err
+}
+
+func (d *Disk) checkVersion() error {
+	file, err := d.root.OpenFile("VERSION", os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a new folder, or somebody's OCI layout
+	}
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if _, err := checkFile(d.root, "VERSION", file); err != nil {
+		return err
+	}
+	raw, err := io.ReadAll(io.LimitReader(file, 40))
+	if err != nil {
+		return err
+	}
+	version, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil || version < 1 {
+		return fmt.Errorf("VERSION holds %q, which no Breakwater has written", raw)
+	}
+	if version > layoutVersion {
+		return fmt.Errorf("is of version %d, written by a newer Breakwater; this one knows up to %d", version, layoutVersion)
+	}
+	return nil
+}
+
+// sweep removes what an earlier process left half-written.
+func (d *Disk) sweep(ctx context.Context) {
+	err := eachEntry(d.tmp.Root, ".", func(e fs.DirEntry) error {
+		if strings.HasPrefix(e.Name(), d.session) {
+			return ctx.Err()
+		}
+		if err := d.tmp.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Warn("cannot remove a temporary file", "file", e.Name(), "err", err)
+		}
+		return ctx.Err()
+	})
+	if err != nil && ctx.Err() == nil {
+		d.log.Warn("cannot sweep temporary files", "err", err)
+	}
+}
+
+// flushLoop writes behind what need not be durable at once.
+func (d *Disk) flushLoop(ctx context.Context) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	tags, pulls := time.Now(), time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-ticker.C:
+			if now.Sub(tags) >= flushEvery {
+				d.flushTags()
+				tags = now
+			}
+			if now.Sub(pulls) >= time.Minute {
+				d.flushPulls()
+				pulls = now
+			}
+			d.exportIfDue(now)
+		}
+	}
+}
+
+// Close writes what is only in memory, waits for all that Open has started, and frees the folder.
+// What is open for reading stays readable.
+func (d *Disk) Close() error {
+	d.stop()
+	d.work.Wait()
+	d.flushTags()
+	d.flushPulls()
+	var err error
+	if d.exporter.changed.Load() {
+		err = d.export()
+	}
+	return errors.Join(err, d.lockFile.Truncate(0), d.release())
+}
+
+// release closes whatever open has opened; the kernel frees the lock with its file.
+func (d *Disk) release() error {
+	var errs []error
+	for _, f := range []folder{d.tmp, d.records, d.blobs[digest.SHA256], d.blobs[digest.SHA512], {Root: d.root}} {
+		if f.Root != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	if d.lockFile != nil {
+		errs = append(errs, d.lockFile.Close())
+	}
+	return errors.Join(errs...)
+}

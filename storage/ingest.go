@@ -1,0 +1,279 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"sync"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// withheld is how much of the end is not readable until the whole is verified, so that no client
+	// can take wrong content for complete.
+	withheld = 64 << 10
+	// reserveStep is how much space is reserved at a time when the size is not known.
+	reserveStep = 64 << 20
+)
+
+var (
+	// ErrMismatch is the error of content that is not what its digest or its size said: the upstream's
+	// fault. All other errors of an ingest except ErrTooLarge are our own disk's.
+	ErrMismatch = errors.New("content does not match")
+	// ErrTooLarge is the error of content over the capacity or, if its size was not known, over a
+	// tenth of it.
+	ErrTooLarge = errors.New("content is too large to be stored")
+)
+
+// Ingest is content on its way into the store. One goroutine writes it; any number read what is
+// released, behind the writer or long after. Nothing of it is stored before Commit has returned nil,
+// and every Ingest must be ended by Verify and Commit, or by
+// Abort.
+//
+// Where the bytes come from is the writer's business: after a source has broken off, it goes on at
+// Written with another one. What can be read is a prefix, which is also all that is hashed. (Later a
+// blob is fetched in several ranges at once; they will be written further on in the same file, and
+// become part of the prefix when it reaches them.)
+type Ingest struct {
+	disk *Disk
+	repo oci.Repository
+	dgst digest.Digest
+
+	file     *os.File
+	name     string    // of the file, in tmp/
+	hash     hash.Hash // of what is written
+	written  int64     // this and the next only for the writer
+	reserved int64     // bytes of disk space
+
+	mu       sync.Mutex // guards what follows
+	size     int64      // -1 while unknown
+	released int64      // readable bytes
+	verified bool
+	err      error         // why no more will be released, or why it could not be stored
+	wake     chan struct{} // closed when any of these changes; nil if nobody waits
+}
+
+// Ingest begins to take in content, fetched for this repository, of that size, or of an unknown one
+// if size is -1. Its space is reserved before it returns: an error that is syscall.ENOSPC says that
+// there is none, ErrTooLarge that it is over what the store may hold.
+func (d *Disk) Ingest(repo oci.Repository, dgst digest.Digest, size int64) (*Ingest, error) {
+	if size > d.capacity {
+		return nil, fmt.Errorf("ingest %s: %d bytes, capacity %d: %w", dgst, size, d.capacity, ErrTooLarge)
+	}
+	file, name, err := d.create()
+	if err != nil {
+		return nil, fmt.Errorf("ingest %s: %w", dgst, err)
+	}
+	i := &Ingest{disk: d, repo: repo, dgst: dgst, file: file, name: name, hash: dgst.Algorithm().Hash(), size: max(size, -1)}
+	if err := i.reserve(max(size, 0)); err != nil {
+		i.discard()
+		return nil, fmt.Errorf("ingest %s: %w", dgst, err)
+	}
+	return i, nil
+}
+
+// reserve makes room for the first n bytes.
+func (i *Ingest) reserve(n int64) error {
+	if n <= i.reserved {
+		return nil
+	}
+	if i.size < 0 { // only the writer changes it
+		limit := i.disk.capacity / 10
+		if n > limit {
+			return fmt.Errorf("more than %d bytes of unknown size: %w", limit, ErrTooLarge)
+		}
+		n = min(max(n, i.reserved+reserveStep), limit)
+	}
+	if err := allocate(i.file, n); err != nil {
+		return err
+	}
+	i.reserved = n
+	return nil
+}
+
+// Write adds to the end. It returns ErrMismatch for more than was announced, and ErrTooLarge.
+func (i *Ingest) Write(p []byte) (int, error) {
+	end := i.written + int64(len(p))
+	if i.size >= 0 && end > i.size {
+		return 0, fmt.Errorf("ingest %s: more than %d bytes: %w", i.dgst, i.size, ErrMismatch)
+	}
+	if err := i.reserve(end); err != nil {
+		return 0, fmt.Errorf("ingest %s: %w", i.dgst, err)
+	}
+	n, err := i.file.Write(p)
+	i.hash.Write(p[:n])
+	i.written += int64(n)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err != nil {
+		return n, i.err
+	}
+	readable := i.written - withheld
+	if i.size >= 0 {
+		readable = min(i.written, i.size-withheld)
+	}
+	if readable > i.released {
+		i.released = readable
+		i.wakeLocked()
+	}
+	if err != nil {
+		return n, fmt.Errorf("ingest %s: %w", i.dgst, err)
+	}
+	return n, nil
+}
+
+// Released is how many bytes can be read.
+func (i *Ingest) Released() int64 {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.released
+}
+
+// Written is how many bytes have been written.
+func (i *Ingest) Written() int64 { return i.written }
+
+// Verify ends the writing: if all is right, all of it becomes readable, before the disk has it. Its
+// error is ErrMismatch, and then the end has not been released.
+func (i *Ingest) Verify() error {
+	err := i.verify()
+	if err != nil {
+		i.Abort(err)
+	}
+	return err
+}
+
+// Commit stores what Verify has found right, as confirmed in the repository that it was fetched for.
+// An error says that it could not be stored; those who have it open can read all of it.
+func (i *Ingest) Commit(c Confirmation) error {
+	if err := i.store(c); err != nil {
+		err = fmt.Errorf("commit %s: %w", i.dgst, err)
+		i.mu.Lock()
+		i.err = err // for those who come too late to open it
+		i.mu.Unlock()
+		return err
+	}
+	return nil
+}
+
+func (i *Ingest) verify() error {
+	if got := digest.NewDigest(i.dgst.Algorithm(), i.hash); got != i.dgst {
+		return fmt.Errorf("verify %s: %d bytes are %s: %w", i.dgst, i.written, got, ErrMismatch)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err != nil {
+		return i.err
+	}
+	if i.size >= 0 && i.size != i.written {
+		return fmt.Errorf("verify %s: %d bytes of %d: %w", i.dgst, i.written, i.size, ErrMismatch)
+	}
+	i.size, i.released, i.verified = i.written, i.written, true
+	i.wakeLocked()
+	return nil
+}
+
+// store makes the verified file durable under its name, and then what lets it be read: a record
+// never points at what is not stored.
+func (i *Ingest) store(c Confirmation) error {
+	d := i.disk
+	err := i.file.Truncate(i.written) // gives back what was reserved and not needed
+	if err == nil {
+		err = d.sync(i.file)
+	}
+	if err := d.publish(i.file, i.name, d.blobName(i.dgst), err); err != nil {
+		_ = d.root.Remove(d.blobName(i.dgst)) // its name may be lost; what is not certain is not stored
+		return err
+	}
+	return d.confirm(i.repo, i.dgst, i.written, c)
+}
+
+// Abort ends an ingest that cannot be completed. Its readers get err once they have read what was
+// released. After Commit, or a first Abort, it does nothing.
+func (i *Ingest) Abort(err error) {
+	i.mu.Lock()
+	ended := i.verified || i.err != nil
+	if !ended {
+		i.err = err
+		i.wakeLocked()
+	}
+	i.mu.Unlock()
+	if !ended {
+		i.discard()
+	}
+}
+
+func (i *Ingest) discard() {
+	_ = i.file.Close()
+	_ = i.disk.tmp.Remove(i.name)
+}
+
+func (i *Ingest) wakeLocked() {
+	if i.wake != nil {
+		close(i.wake)
+		i.wake = nil
+	}
+}
+
+// Size is the length in bytes, or -1 while it is not known.
+func (i *Ingest) Size() int64 {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.size
+}
+
+// Open opens what is being written for reading from its start. The Blob has a descriptor and an
+// offset of its own, and stays readable after Commit. Its waiting ends with ctx, which concerns
+// nobody else.
+func (i *Ingest) Open(ctx context.Context) (*Blob, error) {
+	file, err := i.disk.tmp.Open(i.name)
+	if errors.Is(err, fs.ErrNotExist) { // committed since
+		file, _, err = i.disk.openFile(i.disk.blobs[i.dgst.Algorithm()], i.dgst.Encoded())
+	}
+	if err == nil {
+		return &Blob{file: file, ingest: i, ctx: ctx}, nil
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err != nil {
+		err = i.err
+	}
+	return nil, fmt.Errorf("open %s: %w", i.dgst, err)
+}
+
+// await waits until a byte at offset is readable, and returns how many are from the start.
+func (i *Ingest) await(ctx context.Context, offset int64) (int64, error) {
+	for {
+		i.mu.Lock()
+		released, verified, err := i.released, i.verified, i.err
+		if i.wake == nil && offset >= released && !verified && err == nil {
+			i.wake = make(chan struct{})
+		}
+		wake := i.wake
+		i.mu.Unlock()
+		switch {
+		case offset < released:
+			return released, nil
+		case verified:
+			return 0, io.EOF
+		case err != nil:
+			return 0, err
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}
+
+func (d *Disk) blobName(dgst digest.Digest) string {
+	return path.Join(d.blobs[dgst.Algorithm()].path, dgst.Encoded())
+}

@@ -1,0 +1,537 @@
+package storage
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+func begin(t testing.TB, d *Disk, dgst digest.Digest, size int64) *Ingest {
+	t.Helper()
+	in, err := d.Ingest(app, dgst, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Abort(errors.New("end of the test")) })
+	return in
+}
+
+func write(t testing.TB, in *Ingest, p []byte) {
+	t.Helper()
+	if n, err := in.Write(p); err != nil || n != len(p) {
+		t.Fatal(n, err)
+	}
+}
+
+func reader(t testing.TB, in *Ingest) *Blob {
+	t.Helper()
+	b, err := in.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = b.Close() })
+	return b
+}
+
+// readable is how many bytes can be read from the start without waiting.
+func readable(in *Ingest) int64 {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.released
+}
+
+func wantEmpty(t *testing.T, d *Disk, folder string) {
+	t.Helper()
+	names, err := fs.Glob(d.root.FS(), folder+"/*")
+	if err != nil || len(names) > 0 {
+		t.Errorf("%s holds %v, %v", folder, names, err)
+	}
+}
+
+func TestWatermark(t *testing.T) {
+	const held = withheld
+	d := open(t, t.TempDir())
+	for _, test := range []struct{ size, announced, written, want int }{
+		{3 * held, 3 * held, held, held},
+		{3 * held, 3 * held, 2 * held, 2 * held},
+		{3 * held, 3 * held, 2*held + 1, 2 * held},
+		{3 * held, 3 * held, 3 * held, 2 * held},
+		{100, 100, 100, 0},
+		{0, 0, 0, 0},
+		{3 * held, -1, held, 0},
+		{3 * held, -1, 2*held + 5, held + 5},
+		{3 * held, -1, 3 * held, 2 * held},
+	} {
+		t.Run(fmt.Sprint(test), func(t *testing.T) {
+			raw, dgst := content(test.size)
+			in := begin(t, d, dgst, int64(test.announced))
+			write(t, in, raw[:test.written])
+			b := reader(t, in)
+			if got := readable(in); got != int64(test.want) {
+				t.Errorf("%d bytes are readable, want %d", got, test.want)
+			}
+			if b.Size() != int64(test.announced) || in.Written() != int64(test.written) {
+				t.Errorf("size %d, written %d", b.Size(), in.Written())
+			}
+			if _, err := b.Seek(0, io.SeekEnd); (err != nil) != (test.announced < 0) {
+				t.Error(err)
+			}
+			_, _ = b.Seek(0, io.SeekStart)
+			write(t, in, raw[test.written:])
+			if err := in.Commit(anonymous); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, raw) || b.Size() != int64(test.size) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			wantBlob(t, d, app, raw)
+			wantBlob(t, d, other, raw)
+			late := reader(t, in)
+			if got, err := io.ReadAll(late); err != nil || !bytes.Equal(got, raw) {
+				t.Errorf("opened after the commit: %d bytes, %v", len(got), err)
+			}
+		})
+	}
+	wantEmpty(t, d, "tmp")
+}
+
+func TestF22WrongContentIsNeitherReleasedNorStored(t *testing.T) {
+	raw, dgst := content(4 * withheld)
+	flipped := bytes.Clone(raw)
+	flipped[len(raw)-1] ^= 1
+	for name, test := range map[string]struct {
+		announced int64
+		sent      []byte
+	}{
+		"flipped bit":          {int64(len(raw)), flipped},
+		"short":                {int64(len(raw)), raw[:len(raw)-1]},
+		"long":                 {int64(len(raw)), append(bytes.Clone(raw), 0)},
+		"other size":           {int64(len(raw)) + 1, raw},
+		"nothing":              {int64(len(raw)), nil},
+		"unknown size, wrong":  {-1, flipped},
+		"unknown size, short":  {-1, raw[:3*withheld]},
+		"unknown size, none":   {-1, nil},
+		"smaller than the end": {100, flipped[:100]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := open(t, t.TempDir())
+			in := begin(t, d, dgst, test.announced)
+			b := reader(t, in)
+			var err error
+			for p := range bytesIn(test.sent, 10_000) {
+				if _, err = in.Write(p); err != nil {
+					break
+				}
+			}
+			if err == nil {
+				err = in.Commit(anonymous)
+			} else {
+				in.Abort(err)
+			}
+			if !errors.Is(err, ErrMismatch) {
+				t.Fatalf("%v, want ErrMismatch", err)
+			}
+			got, rerr := io.ReadAll(b)
+			if !errors.Is(rerr, ErrMismatch) || len(got) > 3*withheld {
+				t.Errorf("the reader got %d bytes and %v", len(got), rerr)
+			}
+			if _, err := in.Open(t.Context()); !errors.Is(err, ErrMismatch) {
+				t.Errorf("opened afterwards: %v", err)
+			}
+			wantAbsent(t, d, app, dgst)
+			if d.Stored(dgst) {
+				t.Error("it is stored")
+			}
+			wantEmpty(t, d, "tmp")
+			wantEmpty(t, d, "records/_public")
+		})
+	}
+}
+
+// bytesIn cuts p into pieces.
+func bytesIn(p []byte, size int) func(func([]byte) bool) {
+	return func(yield func([]byte) bool) {
+		for len(p) > 0 {
+			n := min(size, len(p))
+			if !yield(p[:n]) {
+				return
+			}
+			p = p[n:]
+		}
+	}
+}
+
+func TestReaderWaitsAndEndsAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t, t.TempDir())
+		raw, dgst := content(3 * withheld)
+		in := begin(t, d, dgst, int64(len(raw)))
+		left := errors.New("the client has left")
+		ctx, leave := context.WithCancelCause(t.Context())
+		results := make(chan error, 2)
+		read := func(ctx context.Context, want []byte, wantErr error) {
+			b, err := in.Open(ctx)
+			if err != nil {
+				results <- err
+				return
+			}
+			defer b.Close()
+			got, err := io.ReadAll(b)
+			if !errors.Is(err, wantErr) || !bytes.Equal(got, want) {
+				err = fmt.Errorf("%d bytes of %d, %v, want %v", len(got), len(want), err, wantErr)
+			} else {
+				err = nil
+			}
+			results <- err
+		}
+		write(t, in, raw[:1000])
+		go read(ctx, raw[:1000], left)
+		go read(t.Context(), raw, nil)
+		synctest.Wait() // both have read 1000 bytes and wait
+		if len(results) > 0 {
+			t.Fatal(<-results)
+		}
+		leave(left)
+		if err := <-results; err != nil {
+			t.Fatal(err)
+		}
+		write(t, in, raw[1000:])
+		synctest.Wait()
+		if len(results) > 0 {
+			t.Fatal("the end was released before it was verified", <-results)
+		}
+		if err := in.Commit(anonymous); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-results; err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestAbortWakesAllReaders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t, t.TempDir())
+		raw, dgst := content(3 * withheld)
+		in := begin(t, d, dgst, int64(len(raw)))
+		write(t, in, raw[:1000])
+		gone := errors.New("no source is left")
+		results := make(chan error)
+		for range 8 {
+			go func() {
+				b, err := in.Open(t.Context())
+				if err == nil {
+					defer b.Close()
+					_, err = io.ReadAll(b)
+				}
+				results <- err
+			}()
+		}
+		synctest.Wait()
+		in.Abort(gone)
+		in.Abort(errors.New("a second reason"))
+		for range 8 {
+			if err := <-results; !errors.Is(err, gone) {
+				t.Error(err)
+			}
+		}
+		if _, err := in.Write(raw[:1]); err == nil {
+			t.Error("written after the abort")
+		}
+		if err := in.Commit(anonymous); !errors.Is(err, gone) && err == nil {
+			t.Error("committed after the abort")
+		}
+		wantEmpty(t, d, "tmp")
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// Readers jump about in a blob while it grows, by Read and by what sendfile would take.
+func TestManyReadersAtAnyOffset(t *testing.T) {
+	d := open(t, t.TempDir())
+	raw, dgst := content(8 << 20)
+	for _, announced := range []int64{int64(len(raw)), -1} {
+		in := begin(t, d, dgst, announced)
+		var readers sync.WaitGroup
+		for seed := range uint64(32) {
+			b := reader(t, in)
+			readers.Go(func() {
+				random := rand.New(rand.NewPCG(seed, 0))
+				p := make([]byte, 100_000)
+				for range 20 {
+					offset := random.Int64N(int64(len(raw)))
+					if _, err := b.Seek(offset, io.SeekStart); err != nil {
+						t.Error(err)
+						return
+					}
+					n, err := b.Read(p)
+					if seed%2 == 0 {
+						var file *os.File
+						var most int64
+						if file, most, err = b.Await(int64(len(p))); errors.Is(err, io.EOF) {
+							continue
+						}
+						if err == nil {
+							offset += int64(n)
+							n, err = io.ReadFull(file, p[:most])
+						}
+					}
+					if err != nil || n == 0 || !bytes.Equal(p[:n], raw[offset:offset+int64(n)]) {
+						t.Errorf("%d bytes at %d: %v", n, offset, err)
+						return
+					}
+				}
+			})
+		}
+		for p := range bytesIn(raw, 32<<10) {
+			write(t, in, p)
+		}
+		if err := in.Commit(anonymous); err != nil {
+			t.Error(err)
+		}
+		readers.Wait()
+	}
+}
+
+// The kernel, given the file of an ingest, would send what is not verified yet.
+func TestBlobHidesItsFile(t *testing.T) {
+	var b any = new(Blob)
+	if _, ok := b.(syscall.Conn); ok {
+		t.Error("a Blob shows SyscallConn")
+	}
+	if _, ok := b.(io.WriterTo); ok {
+		t.Error("a Blob writes itself, past its watermark")
+	}
+	if _, ok := b.(io.ReaderAt); ok {
+		t.Error("a Blob can be read anywhere")
+	}
+}
+
+func TestServeContentFromAnIngest(t *testing.T) {
+	d := open(t, t.TempDir())
+	raw, dgst := content(5 * withheld)
+	in := begin(t, d, dgst, int64(len(raw)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, err := in.Open(r.Context())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer b.Close()
+		w.Header().Set("Content-Type", "application/octet-stream")
+		http.ServeContent(w, r, "", anonymous.At, b)
+	}))
+	defer srv.Close()
+	defer srv.Client().CloseIdleConnections()
+	write(t, in, raw[:withheld])
+	bodies := make(chan []byte, 3)
+	for _, span := range []string{"", "bytes=1000-70000", "bytes=-70000"} {
+		go func() {
+			r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, nil)
+			r.Header.Set("Range", span)
+			if span == "" {
+				r.Header.Del("Range")
+			}
+			resp, err := srv.Client().Do(r)
+			if err != nil {
+				t.Error(err)
+				bodies <- nil
+				return
+			}
+			defer resp.Body.Close()
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			bodies <- body
+		}()
+	}
+	for p := range bytesIn(raw[withheld:], 10_000) {
+		write(t, in, p)
+	}
+	if err := in.Commit(anonymous); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		body := <-bodies
+		if !bytes.Equal(body, raw) && !bytes.Equal(body, raw[1000:70001]) && !bytes.Equal(body, raw[len(raw)-70000:]) {
+			t.Errorf("%d bytes", len(body))
+		}
+	}
+}
+
+func TestReservation(t *testing.T) {
+	dir := t.TempDir()
+	d, err := Open(Config{Dir: dir, Capacity: 10_000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	raw, dgst := content(10_001)
+	if _, err := d.Ingest(app, dgst, int64(len(raw))); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("over the capacity: %v", err)
+	}
+	in := begin(t, d, dgst, -1) // F75: it may never end
+	write(t, in, raw[:1000])
+	if _, err := in.Write(raw[:1]); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("over a tenth of the capacity: %v", err)
+	}
+	in.Abort(ErrTooLarge)
+	d.capacity = 1 << 50
+	if _, err := d.Ingest(app, dgst, 8<<40); err != nil && !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("over the disk: %v", err)
+	}
+	wantEmpty(t, d, "tmp")
+}
+
+func TestF48FailedSyncIsNotRepeated(t *testing.T) {
+	broken := errors.New("input/output error")
+	for fails := 1; ; fails++ { // the first sync, then the second …, until none fails
+		d := open(t, t.TempDir())
+		calls := map[string]int{}
+		n := 0
+		d.sync = func(f *os.File) error {
+			calls[f.Name()]++
+			if n++; n == fails {
+				return broken
+			}
+			return f.Sync()
+		}
+		raw, dgst := content(3 * withheld)
+		in := begin(t, d, dgst, int64(len(raw)))
+		b := reader(t, in)
+		write(t, in, raw)
+		err := in.Commit(secret)
+		if n < fails {
+			if err != nil || fails < 4 {
+				t.Fatalf("%v after %d syncs", err, n)
+			}
+			wantBlob(t, d, app, raw)
+			return
+		}
+		if !errors.Is(err, broken) || errors.Is(err, ErrMismatch) {
+			t.Fatalf("sync %d: %v", fails, err)
+		}
+		if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, raw) {
+			t.Errorf("sync %d: the reader got %d bytes, %v", fails, len(got), err)
+		}
+		for name, count := range calls {
+			if count > 1 && filepath.Base(name) == in.name {
+				t.Errorf("sync %d: %s was synced %d times", fails, name, count)
+			}
+		}
+		if fails <= 2 && d.Stored(dgst) {
+			t.Errorf("sync %d: stored", fails)
+		}
+		wantEmpty(t, d, "tmp")
+	}
+}
+
+// What Commit has acknowledged survives a power cut only if the bytes were durable before they had
+// their name, their name before it returned, and no record came first.
+func TestF46OrderOfSyncs(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, dir)
+	raw, dgst := content(100)
+	in := begin(t, d, dgst, 100)
+	write(t, in, raw)
+	var steps []string
+	d.sync = func(f *os.File) error {
+		public, _ := fs.Glob(d.root.FS(), "records/_public/*")
+		name, err := filepath.Rel(dir, f.Name())
+		steps = append(steps, fmt.Sprint(filepath.Dir(name), " ", filepath.Base(name) == in.name, d.Stored(dgst), len(public)))
+		return errors.Join(err, f.Sync())
+	}
+	if err := in.Commit(anonymous); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"tmp truefalse0",     // the bytes
+		"blobs falsetrue0",   // their name
+		"tmp falsetrue0",     // the record
+		"records falsetrue1", // its name
+	}
+	if fmt.Sprint(steps) != fmt.Sprint(want) {
+		t.Errorf("%q, want %q", steps, want)
+	}
+}
+
+func TestF60ReaderOutlivesItsFile(t *testing.T) {
+	d := open(t, t.TempDir())
+	raw, _ := content(300_000)
+	dgst := store(t, d, app, raw, anonymous)
+	b, err := d.Blob(app, dgst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	head := make([]byte, 1000)
+	if _, err := io.ReadFull(b, head); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.root.Remove(d.blobName(dgst)); err != nil {
+		t.Fatal(err)
+	}
+	wantAbsent(t, d, app, dgst)
+	if rest, err := io.ReadAll(b); err != nil || !bytes.Equal(append(head, rest...), raw) {
+		t.Errorf("%d bytes, %v", len(rest), err)
+	}
+}
+
+func BenchmarkIngest(b *testing.B) {
+	d := open(b, b.TempDir())
+	raw, dgst := content(64 << 20)
+	b.SetBytes(int64(len(raw)))
+	b.ReportAllocs()
+	for b.Loop() {
+		in, err := d.Ingest(app, dgst, int64(len(raw)))
+		if err != nil {
+			b.Fatal(err)
+		}
+		for p := range bytesIn(raw, 32<<10) {
+			write(b, in, p)
+		}
+		if err := in.Commit(anonymous); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkBlob(b *testing.B) {
+	d := open(b, b.TempDir())
+	raw, _ := content(1000)
+	for name, repo := range map[string]oci.Repository{"public": app, "private": other} {
+		dgst := store(b, d, repo, raw, map[string]Confirmation{"public": anonymous, "private": secret}[name])
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				blob, err := d.Blob(repo, dgst)
+				if err != nil {
+					b.Fatal(err)
+				}
+				_ = blob.Close()
+			}
+		})
+	}
+}

@@ -1,0 +1,192 @@
+package storage
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// manifestMemory bounds the manifests held in memory, a quarter of what the process may use.
+	manifestMemory = 16 << 20
+	// descriptorMemory is about what a decoded descriptor takes beside the manifest's bytes.
+	descriptorMemory = 256
+	// manifestEntries bounds the number of small ones.
+	manifestEntries = 16 << 10
+)
+
+// manifestKey is a manifest as one repository reaches it.
+type manifestKey struct {
+	repo oci.Repository
+	dgst digest.Digest
+}
+
+// manifestCache holds manifests that a repository reaches, so that a hot one costs no look at the
+// disk. What is in it has been read from the store, hashed, and found to be reached: that only
+// ends with remove. What is absent is never remembered.
+type manifestCache struct {
+	entries *lru.Cache[manifestKey, oci.Manifest]
+	bytes   atomic.Int64
+
+	mu    sync.Mutex                // guards pulls
+	pulls map[manifestKey]time.Time // last pulls that are not on the disk yet
+}
+
+// PutManifest stores a manifest, read from an upstream for this repository, unless its digest is
+// not that of its bytes.
+func (d *Disk) PutManifest(repo oci.Repository, m oci.Manifest, c Confirmation) error {
+	if err := d.putManifest(repo, m, c); err != nil {
+		return fmt.Errorf("store manifest %s@%s: %w", repo, m.Digest, err)
+	}
+	return nil
+}
+
+func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) error {
+	if got := m.Digest.Algorithm().FromBytes(m.Raw); got != m.Digest {
+		return fmt.Errorf("%d bytes are %s: %w", len(m.Raw), got, ErrMismatch)
+	}
+	size := int64(len(m.Raw))
+	if info, err := d.blobs[m.Digest.Algorithm()].Lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
+		if err := d.put(d.blobName(m.Digest), m.Raw); err != nil {
+			_ = d.root.Remove(d.blobName(m.Digest)) // as in Ingest.store
+			return err
+		}
+	}
+	if c.public() {
+		if err := d.confirm(repo, m.Digest, size, c); err != nil {
+			return err
+		}
+	}
+	name := manifestRecord(repo, m.Digest)
+	if err := d.confirmAs(name, record{Size: size, MediaType: m.MediaType}, c); err != nil {
+		return err
+	}
+	d.manifests.add(manifestKey{repo, m.Digest}, m)
+	return nil
+}
+
+// Manifest returns a stored manifest that this repository reaches, and notes that it was pulled.
+// Otherwise, and if what is stored under the digest is not a manifest, it returns fs.ErrNotExist.
+// What it returns is shared and must not be changed.
+func (d *Disk) Manifest(repo oci.Repository, dgst digest.Digest) (oci.Manifest, error) {
+	key := manifestKey{repo, dgst}
+	m, err := d.manifest(key)
+	if err != nil {
+		return oci.Manifest{}, fmt.Errorf("manifest %s@%s: %w", repo, dgst, err)
+	}
+	d.manifests.pulled(key)
+	return m, nil
+}
+
+func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
+	if m, ok := d.manifests.entries.Get(key); ok {
+		return m, nil
+	}
+	b, err := d.openBlob(key.repo, key.dgst)
+	if err != nil {
+		return oci.Manifest{}, err
+	}
+	defer b.Close()
+	if b.size > oci.MaxManifest {
+		return oci.Manifest{}, fmt.Errorf("%d bytes are no manifest: %w", b.size, fs.ErrNotExist)
+	}
+	raw := make([]byte, b.size)
+	if _, err := io.ReadFull(b, raw); err != nil {
+		return oci.Manifest{}, err
+	}
+	if got := key.dgst.Algorithm().FromBytes(raw); got != key.dgst {
+		d.Quarantine(key.dgst, fmt.Errorf("is %s", got))
+		return oci.Manifest{}, fs.ErrNotExist
+	}
+	m, err := oci.ParseManifest("", raw, key.dgst.Algorithm())
+	if err != nil {
+		return oci.Manifest{}, errors.Join(err, fs.ErrNotExist)
+	}
+	d.manifests.add(key, m)
+	return m, nil
+}
+
+// flushPulls writes when manifests were last pulled. Where a public one was pulled through a
+// repository that has no record of it, this makes one, which confirms nothing.
+func (d *Disk) flushPulls() {
+	for key, at := range d.manifests.takePulls() {
+		if err := d.flushPull(key, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Warn("cannot note a pull", "repository", key.repo.String(), "digest", key.dgst, "err", err)
+		}
+	}
+}
+
+func (d *Disk) flushPull(key manifestKey, at time.Time) error {
+	name := manifestRecord(key.repo, key.dgst)
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	var r record
+	err := d.readRecord(name, &r)
+	if errors.Is(err, fs.ErrNotExist) {
+		var m oci.Manifest
+		m, err = d.manifest(key)
+		r = record{Size: int64(len(m.Raw)), MediaType: m.MediaType}
+	}
+	if err != nil {
+		return err
+	}
+	r.PulledAt = at.UTC().Round(0)
+	return d.writeRecord(name, r)
+}
+
+func newManifestCache() (*manifestCache, error) {
+	c := &manifestCache{pulls: map[manifestKey]time.Time{}}
+	var err error
+	c.entries, err = lru.NewWithEvict(manifestEntries, func(_ manifestKey, m oci.Manifest) { c.bytes.Add(-memory(m)) })
+	return c, err
+}
+
+// memory is about how many bytes a manifest takes.
+func memory(m oci.Manifest) int64 {
+	return int64(len(m.Raw)) + descriptorMemory*int64(4+len(m.Manifests)+len(m.Blobs))
+}
+
+func (c *manifestCache) add(key manifestKey, m oci.Manifest) {
+	if memory(m) > manifestMemory/4 {
+		return
+	}
+	if known, _ := c.entries.ContainsOrAdd(key, m); !known {
+		c.bytes.Add(memory(m))
+	}
+	for c.bytes.Load() > manifestMemory {
+		c.entries.RemoveOldest()
+	}
+}
+
+func (c *manifestCache) remove(dgst digest.Digest) {
+	for _, key := range c.entries.Keys() {
+		if key.dgst == dgst {
+			c.entries.Remove(key)
+		}
+	}
+}
+
+func (c *manifestCache) pulled(key manifestKey) {
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pulls[key] = now
+}
+
+func (c *manifestCache) takePulls() map[manifestKey]time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pulls := c.pulls
+	c.pulls = map[manifestKey]time.Time{}
+	return pulls
+}

@@ -1,0 +1,163 @@
+package storage
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// maxRecord bounds what is read of a record. The largest is an answer's, with its body in base64.
+const maxRecord = 2 * maxAnswer
+
+// Confirmation says that an upstream has let us read some content, and how.
+type Confirmation struct {
+	At         time.Time // zero is now
+	Upstream   string
+	Credential string // an opaque id of what was shown to the upstream; "" is anonymous
+	Public     bool   // the configuration says that the credential makes nothing private here
+}
+
+// public reports whether what was confirmed so may be read through every repository.
+func (c Confirmation) public() bool { return c.Credential == "" || c.Public }
+
+// record is what is known of stored content: in records/_public for everybody, else in the
+// repository that it was confirmed in.
+type record struct {
+	Size        int64     `json:"size"`
+	MediaType   string    `json:"media_type,omitempty"` // of manifests
+	Repository  string    `json:"repository,omitempty"` // in _public: where it was got anonymously
+	ConfirmedAt time.Time `json:"confirmed_at,omitzero"`
+	Upstream    string    `json:"upstream,omitempty"`
+	Credential  string    `json:"credential,omitempty"`
+	Platforms   []string  `json:"platforms,omitempty"` // of indexes: those that were asked for
+	PulledAt    time.Time `json:"pulled_at,omitzero"`  // of manifests
+}
+
+func (r record) check() error {
+	if r.Size < 0 {
+		return fmt.Errorf("size is %d", r.Size)
+	}
+	return nil
+}
+
+// confirms reports whether the record lets its repository read the content. One that was only made
+// to note a pull does not.
+func (r record) confirms() bool { return !r.ConfirmedAt.IsZero() }
+
+func publicRecord(dgst digest.Digest) string { return path.Join("_public", dgst.Encoded()) }
+
+func blobRecord(repo oci.Repository, dgst digest.Digest) string {
+	return path.Join(repo.Registry, repo.Name, "_blobs", dgst.Encoded())
+}
+
+func manifestRecord(repo oci.Repository, dgst digest.Digest) string {
+	return path.Join(repo.Registry, repo.Name, "_manifests", dgst.Encoded())
+}
+
+// reach returns the record by which a repository reaches stored content, or fs.ErrNotExist.
+func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (record, error) {
+	for _, name := range [...]string{publicRecord(dgst), blobRecord(repo, dgst), manifestRecord(repo, dgst)} {
+		var r record
+		err := d.readRecord(name, &r)
+		if err == nil && r.confirms() {
+			return r, nil
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return record{}, err
+		}
+	}
+	return record{}, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
+}
+
+// Confirm notes that an upstream has let this repository read what is already stored. From now on
+// Blob and Manifest find it there; if it was got anonymously, then in every repository.
+// It returns fs.ErrNotExist if the content is not stored.
+func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) error {
+	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	if err == nil {
+		err = d.confirm(repo, dgst, info.Size(), c)
+	}
+	if err != nil {
+		return fmt.Errorf("confirm %s in %s: %w", dgst, repo, err)
+	}
+	return nil
+}
+
+// confirm writes the record that lets stored content be read: by all, or by this repository.
+func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Confirmation) error {
+	if c.public() {
+		return d.confirmAs(publicRecord(dgst), record{Size: size, Repository: repo.String()}, c)
+	}
+	return d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
+}
+
+// confirmAs writes one record, unless it says the same already.
+func (d *Disk) confirmAs(name string, r record, c Confirmation) error {
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	var old record
+	err := d.readRecord(name, &old)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if old.confirms() && old.Size == r.Size {
+		return nil
+	}
+	if c.At.IsZero() {
+		c.At = time.Now()
+	}
+	r.ConfirmedAt, r.Upstream, r.Credential = c.At.UTC().Round(0), c.Upstream, c.Credential
+	r.Platforms, r.PulledAt = old.Platforms, old.PulledAt
+	return d.writeRecord(name, r)
+}
+
+// writeRecord writes a record; once it returns nil, a power cut does not undo it.
+func (d *Disk) writeRecord(name string, v any) error {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	name = path.Join(d.records.path, name)
+	if err := d.makeFolder(path.Dir(name)); err != nil {
+		return err
+	}
+	return d.put(name, raw)
+}
+
+// readRecord decodes a record into v. A record that is not there, or cannot be read as one, is
+// fs.ErrNotExist.
+func (d *Disk) readRecord(name string, v interface{ check() error }) error {
+	file, info, err := d.openFile(d.records, name)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if info.Size() > maxRecord {
+		return d.quarantine(d.records, name, fmt.Errorf("is a record of %d bytes", info.Size()))
+	}
+	raw := make([]byte, info.Size())
+	if _, err := io.ReadFull(file, raw); err != nil {
+		return err
+	}
+	if err := decodeRecord(raw, v); err != nil {
+		return d.quarantine(d.records, name, err)
+	}
+	return nil
+}
+
+// decodeRecord accepts what writeRecord has written, now or in a later version of this layout.
+func decodeRecord(raw []byte, v interface{ check() error }) error {
+	if err := json.Unmarshal(raw, v); err != nil {
+		return fmt.Errorf("is not a record: %w", err)
+	}
+	return v.check()
+}
