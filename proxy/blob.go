@@ -50,13 +50,15 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
 	var err error
 	for range 3 { // what it finds may change between two looks
-		if m.store.Stored(ref.Digest) {
-			var blob *storage.Blob
-			if blob, err = m.confirmBlob(ctx, ref); !errors.Is(err, fs.ErrNotExist) {
+		var blob *storage.Blob
+		if !m.filling(ref.Digest) { // a fill that has just ended has stored it
+			if blob, err = m.store.Blob(ref.Repository, ref.Digest); errors.Is(err, fs.ErrNotExist) && m.store.Stored(ref.Digest) {
+				blob, err = m.confirmBlob(ctx, ref)
+			}
+			if !errors.Is(err, fs.ErrNotExist) {
 				return blob, err
 			}
 		}
-		var blob *storage.Blob
 		var src *source
 		blob, src, err = m.openFill(ctx, ref)
 		switch {
@@ -65,11 +67,7 @@ func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob
 				return nil, err
 			}
 			src.confirmed.Store(true)
-		case errors.Is(err, fs.ErrNotExist):
-			if blob, err = m.store.Blob(ref.Repository, ref.Digest); err == nil {
-				return blob, nil
-			}
-		default:
+		case !errors.Is(err, fs.ErrNotExist):
 			return blob, err
 		}
 	}

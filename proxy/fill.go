@@ -108,6 +108,13 @@ func (f *fill) add(src *source) *source {
 	return src
 }
 
+// filling reports whether the blob is on its way.
+func (m *Mirror) filling(dgst digest.Digest) bool {
+	m.fills.mu.Lock()
+	defer m.fills.mu.Unlock()
+	return m.fills.open[dgst] != nil
+}
+
 func (m *Mirror) leaveFill(f *fill) {
 	m.fills.mu.Lock()
 	defer m.fills.mu.Unlock()

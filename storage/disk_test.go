@@ -80,7 +80,7 @@ func store(t testing.TB, d *Disk, repo oci.Repository, raw []byte, c Confirmatio
 	if _, err := in.Write(raw); err != nil {
 		t.Fatal(err)
 	}
-	if err := in.Commit(c); err != nil {
+	if err := commit(in, c); err != nil {
 		t.Fatal(err)
 	}
 	return dgst

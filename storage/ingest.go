@@ -35,8 +35,7 @@ var (
 
 // Ingest is content on its way into the store. One goroutine writes it; any number read what is
 // released, behind the writer or long after. Nothing of it is stored before Commit has returned nil,
-// and every Ingest must be ended by Verify and Commit, or by
-// Abort.
+// and the writer ends every Ingest by Verify and Commit, or by Abort.
 //
 // Where the bytes come from is the writer's business: after a source has broken off, it goes on at
 // Written with another one. What can be read is a prefix, which is also all that is hashed. (Later a
@@ -50,8 +49,9 @@ type Ingest struct {
 	file     *os.File
 	name     string    // of the file, in tmp/
 	hash     hash.Hash // of what is written
-	written  int64     // this and the next only for the writer
+	written  int64     // this and the next two only for the writer
 	reserved int64     // bytes of disk space
+	ended    bool
 
 	mu       sync.Mutex // guards what follows
 	size     int64      // -1 while unknown
@@ -141,43 +141,51 @@ func (i *Ingest) Released() int64 {
 func (i *Ingest) Written() int64 { return i.written }
 
 // Verify ends the writing: if all is right, all of it becomes readable, before the disk has it. Its
-// error is ErrMismatch, and then the end has not been released.
+// error is ErrMismatch; then the end is never released.
 func (i *Ingest) Verify() error {
 	err := i.verify()
 	if err != nil {
+		err = fmt.Errorf("verify %s: %w", i.dgst, err)
 		i.Abort(err)
 	}
 	return err
 }
 
-// Commit stores what Verify has found right, as confirmed in the repository that it was fetched for.
-// An error says that it could not be stored; those who have it open can read all of it.
-func (i *Ingest) Commit(c Confirmation) error {
-	if err := i.store(c); err != nil {
-		err = fmt.Errorf("commit %s: %w", i.dgst, err)
-		i.mu.Lock()
-		i.err = err // for those who come too late to open it
-		i.mu.Unlock()
-		return err
-	}
-	return nil
-}
-
 func (i *Ingest) verify() error {
+	if i.size >= 0 && i.size != i.written {
+		return fmt.Errorf("%d bytes of %d: %w", i.written, i.size, ErrMismatch)
+	}
 	if got := digest.NewDigest(i.dgst.Algorithm(), i.hash); got != i.dgst {
-		return fmt.Errorf("verify %s: %d bytes are %s: %w", i.dgst, i.written, got, ErrMismatch)
+		return fmt.Errorf("%d bytes are %s: %w", i.written, got, ErrMismatch)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.err != nil {
 		return i.err
 	}
-	if i.size >= 0 && i.size != i.written {
-		return fmt.Errorf("verify %s: %d bytes of %d: %w", i.dgst, i.written, i.size, ErrMismatch)
-	}
 	i.size, i.released, i.verified = i.written, i.written, true
 	i.wakeLocked()
 	return nil
+}
+
+// Commit stores what Verify has found right, as confirmed in the repository that it was fetched for.
+// An error says that it could not be stored; those who have it open can read all of it.
+func (i *Ingest) Commit(c Confirmation) error {
+	if !i.verified || i.ended {
+		err := fmt.Errorf("commit %s: is not verified, or has ended", i.dgst)
+		i.Abort(err)
+		return err
+	}
+	i.ended = true
+	err := i.store(c)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("commit %s: %w", i.dgst, err)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.err = err // for those who come too late to open it
+	return err
 }
 
 // store makes the verified file durable under its name, and then what lets it be read: a record
@@ -195,19 +203,18 @@ func (i *Ingest) store(c Confirmation) error {
 	return d.confirm(i.repo, i.dgst, i.written, c)
 }
 
-// Abort ends an ingest that cannot be completed. Its readers get err once they have read what was
-// released. After Commit, or a first Abort, it does nothing.
+// Abort ends an ingest without storing it. Readers get err once they have read what was released.
+// After Commit, or a first Abort, it does nothing.
 func (i *Ingest) Abort(err error) {
+	if i.ended {
+		return
+	}
+	i.ended = true
+	i.discard()
 	i.mu.Lock()
-	ended := i.verified || i.err != nil
-	if !ended {
-		i.err = err
-		i.wakeLocked()
-	}
-	i.mu.Unlock()
-	if !ended {
-		i.discard()
-	}
+	defer i.mu.Unlock()
+	i.err = err
+	i.wakeLocked()
 }
 
 func (i *Ingest) discard() {

@@ -105,13 +105,7 @@ func defaults() *Config {
 		Capacity:        Size{}, // auto
 		Log:             Log{Format: LogAuto, Level: "info"},
 		DefaultRegistry: oci.DockerHub,
-		Tags: Tags{
-			FreshFor:          Set(0),
-			MaxStale:          Set(Unlimited),
-			RevalidateTimeout: Set(1500 * time.Millisecond),
-			OnDenied:          Refuse,
-			OnNotFound:        Refuse,
-		},
+		Tags:            defaultTags(),
 		Registries: map[string]Registry{
 			oci.DockerHub:         {Upstreams: []Upstream{{URL: "https://registry-1.docker.io"}}},
 			"gcr.io":              {Upstreams: []Upstream{{URL: "https://gcr.io"}}},
@@ -122,6 +116,17 @@ func defaults() *Config {
 			"registry.gitlab.com": {Upstreams: []Upstream{{URL: "https://registry.gitlab.com"}}},
 			"registry.k8s.io":     {Upstreams: []Upstream{{URL: "https://registry.k8s.io"}}},
 		},
+	}
+}
+
+// defaultTags is apart from defaults because TagsFor asks for it at each request.
+func defaultTags() Tags {
+	return Tags{
+		FreshFor:          Set(0),
+		MaxStale:          Set(Unlimited),
+		RevalidateTimeout: Set(1500 * time.Millisecond),
+		OnDenied:          Refuse,
+		OnNotFound:        Refuse,
 	}
 }
 
@@ -142,7 +147,7 @@ func defaultData() string {
 // registry's, else the general one, else the default. Nothing in it is unset.
 func (c *Config) TagsFor(repo oci.Repository) Tags {
 	registry := c.Registries[repo.Registry]
-	return registry.Repositories[repo.Name].Tags.over(registry.Tags).over(c.Tags).over(defaults().Tags)
+	return registry.Repositories[repo.Name].Tags.over(registry.Tags).over(c.Tags).over(defaultTags())
 }
 
 // over is t, with the keys that it does not set from u.

@@ -88,13 +88,13 @@ func TestH42Mistakes(t *testing.T) {
 func TestH42EnvironmentAndFlags(t *testing.T) {
 	dir := folder(t)
 	_, err := Load(filepath.Join(dir, "later.yaml"),
-		[]string{"BREAKWATER_LISTEN=0.0.0.0:5000", "BREAKWATER_ANY_REGISTRY=maybe", "BREAKWATER_KEEP=all", "BREAKWATER_CAPACITY=lots"},
+		[]string{"BREAKWATER_LISTEN=0.0.0.0:5000", "BREAKWATER_ANY_REGISTRY=maybe", "BREAKWATER_KEEP=all", "BREAKWATER_LISTEN_PORT=5000", "BREAKWATER_CAPACITY=lots"},
 		map[string]string{"admin": "5001", "log-level": "loud", "upstream": "x"})
 	if err == nil {
 		t.Fatal("accepted")
 	}
 	for _, want := range []string{
-		"BREAKWATER_LISTEN: listen: ", "BREAKWATER_ANY_REGISTRY: any_registry: ", "BREAKWATER_KEEP: unknown", "BREAKWATER_CAPACITY: capacity: ",
+		"BREAKWATER_LISTEN: listen: ", "BREAKWATER_ANY_REGISTRY: any_registry: ", "BREAKWATER_KEEP: unknown", "BREAKWATER_LISTEN_PORT: unknown", "BREAKWATER_CAPACITY: capacity: ",
 		"--admin: admin: ", "--log-level: log.level: ", "--upstream: unknown", "later.yaml:",
 	} {
 		if !strings.Contains(err.Error(), want) {

@@ -145,15 +145,15 @@ func variable(path string) string {
 func flagName(path string) string { return strings.NewReplacer(".", "-", "_", "-").Replace(path) }
 
 // serviceLink is what Kubernetes tells every container of a Service whose name begins with
-// breakwater: BREAKWATER_SERVICE_HOST, BREAKWATER_PORT_5000_TCP_ADDR. It is not said to us.
-var serviceLink = regexp.MustCompile(`^BREAKWATER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+// breakwater, such as BREAKWATER_SERVICE_HOST or BREAKWATER_PORT_5000_TCP_ADDR. It is not said to us.
+var serviceLink = regexp.MustCompile(`^BREAKWATER_(\w+_)?(SERVICE_HOST=|SERVICE_PORT(_\w+)?=|PORT=\w+://|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=)`)
 
 // readEnviron sets what variables say. An empty one says nothing.
 func (c *Config) readEnviron(environ []string, p *problems) {
 	values := map[string]string{}
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
-		if strings.HasPrefix(name, "BREAKWATER_") && value != "" && !serviceLink.MatchString(name) {
+		if strings.HasPrefix(name, "BREAKWATER_") && value != "" && !serviceLink.MatchString(entry) {
 			values[name] = value
 		}
 	}

@@ -55,10 +55,15 @@ func nearest(name string, known []string) string {
 			best, least = candidate, d
 		}
 	}
-	if i := slices.IndexFunc(known, func(k string) bool { return strings.Contains(k, name) }); best == "" && len(name) > 2 && i >= 0 {
-		return known[i] // user, prefix, fresh
+	if best != "" || len(name) < 3 {
+		return best
 	}
-	return best
+	for _, candidate := range known {
+		if strings.Contains(candidate, name) { // user, prefix, fresh
+			return candidate
+		}
+	}
+	return ""
 }
 
 // checker holds a file's tree against the schema, and notes the place of each field. What it refuses

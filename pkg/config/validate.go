@@ -1,7 +1,9 @@
 package config
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
@@ -262,12 +264,16 @@ func (p *problems) unique(at string, list []string) {
 	}
 }
 
-// secretFile checks that a file is there for its owner alone.
+// secretFile checks that a file is there for its owner alone. It does not repeat the name of one that
+// is not there: that may be the secret itself.
 func (p *problems) secretFile(at, file string) {
 	info, err := os.Stat(file)
+	if unnamed := new(fs.PathError); errors.As(err, &unnamed) {
+		err = unnamed.Err
+	}
 	switch {
 	case err != nil:
-		p.add(at, "%v", err)
+		p.add(at, "%v; write the name of a file that holds the secret", err)
 	case !info.Mode().IsRegular():
 		p.add(at, "%s is not a file", file)
 	case info.Mode().Perm()&0o077 != 0:

@@ -228,16 +228,20 @@ func at(n int64, act func(http.ResponseWriter, *http.Request)) Fault {
 	}
 }
 
-// Drip sends n bytes of body, waits for an interval, and so on.
+// Drip sends n bytes of body, waits for an interval, sends n more, and so on.
 func Drip(n int, interval time.Duration) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		sent := 0 // since it waited
 		next.ServeHTTP(&shaper{ResponseWriter: w, body: func(p []byte) (written int, err error) {
 			for written < len(p) && err == nil {
-				var sent int
-				sent, err = w.Write(p[written:min(len(p), written+n)])
-				written += sent
-				_ = http.NewResponseController(w).Flush()
-				pause(r, interval)
+				if sent == n {
+					_ = http.NewResponseController(w).Flush()
+					pause(r, interval)
+					sent = 0
+				}
+				var more int
+				more, err = w.Write(p[written:min(len(p), written+n-sent)])
+				written, sent = written+more, sent+more
 			}
 			return written, err
 		}}, r)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -245,7 +246,7 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 	if len(addresses) == 0 {
 		return fail(&net.AddrError{Err: "no address", Addr: address})
 	}
-	target := n.target(name, port, addresses[0])
+	target := n.target(name, port)
 	for {
 		n.mu.Lock()
 		link, relinked := n.links[target], n.relinked
@@ -269,22 +270,29 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 	return c, nil
 }
 
-// target is the "host:port" that listens where a dial arrives, and notes the dial.
-func (n *Network) target(name, port string, ip netip.Addr) string {
+// target is the "host:port" at which a dial arrives; it notes the dial.
+func (n *Network) target(name, port string) string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	target := net.JoinHostPort(name, port)
-	if _, err := netip.ParseAddr(name); err == nil && n.listeners[target] == nil {
-		for host := range n.addresses {
-			at := net.JoinHostPort(host, port)
-			_, linked := n.links[at]
-			if slices.Contains(n.reach(host), ip.Unmap()) && (target == net.JoinHostPort(name, port) || linked || n.listeners[at] != nil) {
-				target = at
-			}
-		}
+	if ip, err := netip.ParseAddr(name); err == nil && n.listeners[target] == nil {
+		target = n.hostAt(ip.Unmap(), port)
 	}
 	n.dials = append(n.dials, Event{time.Now(), target})
 	return target
+}
+
+// hostAt is the "host:port" of the host with that address, one that listens there if several have
+// it, or "ip:port". With the lock held.
+func (n *Network) hostAt(ip netip.Addr, port string) string {
+	found := net.JoinHostPort(ip.String(), port)
+	for _, host := range slices.Backward(slices.Sorted(maps.Keys(n.addresses))) {
+		at := net.JoinHostPort(host, port)
+		if slices.Contains(n.reach(host), ip) && (n.listeners[at] != nil || n.listeners[found] == nil) {
+			found = at
+		}
+	}
+	return found
 }
 
 func (n *Network) connect(ctx context.Context, target string) (*conn, error) {

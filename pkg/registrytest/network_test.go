@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -18,7 +19,9 @@ import (
 	"golang.org/x/net/nettest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/docker/go-events.(*Broadcaster).run")) // of Real
+}
 
 // client is an HTTP client on the network, closed at the end of the test.
 func client(t *testing.T, n *Network) *http.Client {
@@ -203,6 +206,53 @@ func TestNames(t *testing.T) {
 		resp.Body.Close()
 		if dials := n.Dials("quay.test:80"); len(dials) != 1 || reg.Count(Match{Kind: KindPing}) != 1 {
 			t.Errorf("dials %v", dials)
+		}
+	})
+}
+
+func TestF27Certificates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := NewNetwork()
+		good, err := n.CA.Certificate("quay.test", time.Time{})
+		expired, err2 := n.CA.Certificate("quay.test", time.Now().Add(-time.Hour))
+		other, err3 := n.CA.Certificate("other.test", time.Time{})
+		unknown, err4 := NewCA().Certificate("quay.test", time.Time{})
+		if err := errors.Join(err, err2, err3, err4); err != nil {
+			t.Fatal(err)
+		}
+		for _, test := range []struct {
+			certificate tls.Certificate
+			link        Link
+			want        string // in the error
+		}{
+			{good, Link{}, ""},
+			{expired, Link{}, "expired"},
+			{other, Link{}, "not quay.test"},
+			{unknown, Link{}, "unknown authority"},
+			{good, Link{Silent: true}, "timeout"},
+		} {
+			n.SetLink("quay.test:443", test.link)
+			l, err := n.Listen("quay.test:443")
+			if err != nil {
+				t.Fatal(err)
+			}
+			server := Serve(l, New(Config{}), test.certificate)
+			c := client(t, n)
+			c.Transport.(*http.Transport).TLSHandshakeTimeout = 4 * time.Second
+			start := time.Now()
+			resp, err := c.Get("https://quay.test/v2/")
+			if err == nil {
+				resp.Body.Close()
+			}
+			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%q: %v", test.want, err)
+			}
+			if took := time.Since(start); test.link.Silent != (took == 4*time.Second) {
+				t.Errorf("%q: after %v", test.want, took)
+			}
+			if err := server.Close(); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 }

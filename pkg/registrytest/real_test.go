@@ -3,7 +3,6 @@ package registrytest
 import (
 	"bytes"
 	"testing"
-	"time"
 )
 
 func TestReal(t *testing.T) {
@@ -50,24 +49,4 @@ func TestReal(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-}
-
-func TestProxy(t *testing.T) {
-	reg := New(Config{})
-	content := Layer(1, 300_000)
-	path := "/v2/org/app/blobs/" + reg.PutBlob("org/app", content).String()
-	p, err := NewProxy(reg.Start(t).URL[len("http://"):])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	get := func() (int, time.Duration, error) {
-		start := time.Now()
-		_, body, err := ask(t, "GET", "http://"+p.Address+path)
-		return len(body), time.Since(start), err
-	}
-	if n, _, err := get(); err != nil || n != len(content) {
-		t.Errorf("healthy: %d bytes, %v", n, err)
-	}
-	_ = err
 }

@@ -97,6 +97,7 @@ func (s *script) play(w http.ResponseWriter, r *http.Request, h http.Handler) {
 		}
 	}
 	h.ServeHTTP(c, r)
+	c.note(http.StatusOK, 0) // what net/http sends for a handler that wrote nothing
 }
 
 // Requests is what was asked so far, in the order in which it began.
@@ -122,23 +123,24 @@ func (s *script) Forget() {
 	s.calls = nil
 }
 
-func (c *call) WriteHeader(status int) {
+// note takes the first status, and bytes of body.
+func (c *call) note(status, sent int) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.Status == 0 && status >= 200 {
 		c.Status = status
 	}
-	c.mu.Unlock()
+	c.Sent += int64(sent)
+}
+
+func (c *call) WriteHeader(status int) {
+	c.note(status, 0)
 	c.ResponseWriter.WriteHeader(status)
 }
 
 func (c *call) Write(p []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(p)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.Status == 0 {
-		c.Status = http.StatusOK
-	}
-	c.Sent += int64(n)
+	c.note(http.StatusOK, n)
 	return n, err
 }
 

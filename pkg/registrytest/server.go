@@ -24,7 +24,7 @@ type Server struct {
 
 	http    *http.Server
 	stop    context.CancelFunc
-	serving sync.WaitGroup // the accept loop and the handlers
+	serving sync.WaitGroup // the accept loop, connections, handlers
 }
 
 // Serve serves h on l until Close: with TLS if a certificate is given.
@@ -45,7 +45,17 @@ func Serve(l net.Listener, h http.Handler, certificates ...tls.Certificate) *Ser
 			h.ServeHTTP(w, r)
 		}),
 		BaseContext: func(net.Listener) context.Context { return ctx },
-		ErrorLog:    log.New(io.Discard, "", 0), // TLS handshakes fail on purpose here
+		ConnState: func(c net.Conn, state http.ConnState) {
+			switch state {
+			case http.StateNew:
+				if s.serving.Add(1); ctx.Err() != nil {
+					_ = c.Close() // http.Server.Close may have missed it
+				}
+			case http.StateClosed, http.StateHijacked:
+				s.serving.Done()
+			}
+		},
+		ErrorLog: log.New(io.Discard, "", 0), // TLS handshakes fail on purpose here
 	}
 	s.serving.Add(1)
 	go func() {
@@ -55,7 +65,7 @@ func Serve(l net.Listener, h http.Handler, certificates ...tls.Certificate) *Ser
 	return s
 }
 
-// Close stops listening, cuts every connection, and waits for the handlers.
+// Close stops listening, cuts every connection, and waits for all that it started.
 func (s *Server) Close() error {
 	s.stop()
 	err := s.http.Close()
@@ -108,7 +118,8 @@ func (c *CA) Pool() *x509.CertPool {
 	return pool
 }
 
-// Certificate is a server's, for a host name or an IP address; the zero expiry is far away.
+// Certificate is a server's, for a host name or an IP address; the zero expiry is far away. Give one
+// of another authority, for another host, or expired to [Serve] to see it refused.
 func (c *CA) Certificate(host string, expiry time.Time) (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

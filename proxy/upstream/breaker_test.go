@@ -37,6 +37,7 @@ func openBreaker(t *testing.T, cfg breakerConfig) *breaker {
 	t.Helper()
 	b := newBreaker(cfg)
 	t.Cleanup(b.close)
+	time.Sleep(time.Hour)
 	for range cfg.class.consecutive() {
 		b.fail("", hostFailure, "dial failed")
 	}
@@ -260,13 +261,15 @@ func TestBreakerTrips(t *testing.T) {
 		{"five for blobs", classBlob, "a- b- a- b- a-", stateOpen},
 		{"four for blobs", classBlob, "a- b- a- b-", stateClosed},
 		{"half of ten", classManifest, "a+ b- a+ c- a+ b- a+ c- a+ b-", stateOpen},
-		{"half of nine", classManifest, "a+ b- a+ c- a+ b- a+ b- a+", stateClosed},
+		{"half of nine", classManifest, "b- a+ c- a+ b- a+ c- a+ b-", stateClosed},
 		{"less than half", classManifest, "a+ a+ b- a+ a+ c- a+ a+ b- a+ a+ c- a+ a+ b- a+ a+ c-", stateClosed},
 		{"half of ten, all of one", classManifest, "a+ b- a+ b- a+ b- a+ b- a+ b- a+ b-", stateClosed},
 		{"half of what is not excluded", classManifest, "d? d? d? d? a+ b- a+ c- a+ b- a+ c- d? a+ d? b-", stateOpen},
 		{"the window forgets a row", classManifest, "a- b- 120 a-", stateClosed},
 		{"the window keeps a row", classManifest, "a- b- 110 a-", stateOpen},
-		{"the window forgets the second reference", classManifest, "b- 119 a- 5 a- a-", stateClosed},
+		{"the window slides", classManifest, "100 a- b- 30 a-", stateOpen},
+		{"the window forgets the second reference of a row", classManifest, "b- 119 a- 5 a- a-", stateClosed},
+		{"the window forgets the second reference of a ratio", classManifest, "b- 125 a+ a- a+ a- a+ a- a+ a- a+ a-", stateClosed},
 		{"the window forgets the ratio", classManifest, "a+ b- a+ c- a+ b- a+ c- a+ 130 b- a+", stateClosed},
 	}
 	for _, tt := range tests {
@@ -305,7 +308,6 @@ func TestBreakerHoldOffGrows(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var probes []time.Time
-				begin := time.Now()
 				b := openBreaker(t, breakerConfig{
 					class: classManifest,
 					rand:  func() float64 { return tt.random },
@@ -314,6 +316,7 @@ func TestBreakerHoldOffGrows(t *testing.T) {
 						return errSick
 					},
 				})
+				begin := time.Now()
 				var got []time.Duration
 				for range tt.want {
 					state := b.state()
@@ -446,6 +449,7 @@ func TestBreakerUsersTryWhenNothingIsKnown(t *testing.T) {
 			if got := time.Until(b.state().Until); got != 20*time.Second {
 				t.Errorf("held off for %v more, want 20s", got)
 			}
+			wantRefused(t, b, "a", stateOpen)
 			time.Sleep(20 * time.Second)
 			synctest.Wait()
 			wantRefused(t, b, "a", stateHeld)
@@ -510,6 +514,41 @@ func TestBreakerIgnoresTheStateBefore(t *testing.T) {
 		}
 		wantState(t, b, stateClosed)
 		mustAllow(t, b, "y")(success, "")
+	})
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, rand: steady, probe: probing(nil)})
+		defer b.close()
+		for _, reference := range []string{"a", "b", "a"} {
+			b.fail(reference, failure, "answered 500")
+		}
+		wantState(t, b, stateOpen)
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		for range ratioMinimum {
+			b.fail("a", failure, "answered 500") // b's failure is history
+		}
+		wantState(t, b, stateClosed)
+	})
+}
+
+func TestVerdictCountsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, probe: probing(nil)})
+		defer b.close()
+		settle := mustAllow(t, b, "a")
+		for range 5 {
+			settle(hostFailure, "dial failed")
+		}
+		wantState(t, b, stateClosed)
+	})
+}
+
+func TestHostFailureHoldsNoReferenceOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(breakerConfig{class: classManifest, probe: probing(nil)})
+		defer b.close()
+		mustAllow(t, b, "a")(hostFailure, "dial failed")
+		mustAllow(t, b, "a")(success, "")
 	})
 }
 

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,6 +28,8 @@ type wire struct {
 	silent  map[string]bool     // ip:port that never answers
 	serve   func(net.Conn)      // the far end of a connection; nil only closes it at the near end's close
 	slow    time.Duration       // each connection takes so long
+
+	waiting atomic.Int32 // for addresses that never answer
 
 	mu      sync.Mutex
 	lookups []string
@@ -59,6 +62,8 @@ func (w *wire) dialer(allowed ...string) *dialer {
 			case w.refuses[ipport]:
 				return nil, fmt.Errorf("%s: %w", ipport, errRefused)
 			case w.silent[ipport]:
+				w.waiting.Add(1)
+				defer w.waiting.Add(-1)
 				<-ctx.Done()
 				return nil, ctx.Err()
 			}
@@ -226,7 +231,7 @@ func TestF25NamesThatDoNotResolve(t *testing.T) {
 			case <-ctx.Done():
 				return nil, ctx.Err()
 			}
-		}, lookupTimeout, "deadline exceeded"},
+		}, 2 * time.Second, "deadline exceeded"},
 		{"empty", func(context.Context, string) ([]netip.Addr, error) { return nil, nil }, 0, "no addresses"},
 	}
 	for _, tt := range tests {
@@ -279,18 +284,19 @@ func TestDialTriesAddressesInTurn(t *testing.T) {
 	}{
 		{"the first is well", "quay.io", &wire{}, 0, []string{"[2606:4700::1]:443"}, ""},
 		{"the first is black-holed", "quay.io", &wire{silent: map[string]bool{"[2606:4700::1]:443": true}},
-			attemptDelay, []string{"[2606:4700::1]:443", "192.0.2.1:443"}, ""},
+			250 * time.Millisecond, []string{"[2606:4700::1]:443", "192.0.2.1:443"}, ""},
 		{"one family is black-holed", "docker.io", &wire{silent: map[string]bool{"192.0.2.1:443": true, "192.0.2.2:443": true}},
-			attemptDelay, []string{"192.0.2.1:443", "[2606:4700::1]:443"}, ""},
+			250 * time.Millisecond, []string{"192.0.2.1:443", "[2606:4700::1]:443"}, ""},
 		{"the first refuses", "docker.io", &wire{refuses: map[string]bool{"192.0.2.1:443": true}},
 			0, []string{"192.0.2.1:443", "[2606:4700::1]:443"}, ""},
 		{"all refuse", "quay.io", &wire{refuses: all("quay.io")},
 			0, []string{"[2606:4700::1]:443", "192.0.2.1:443", "[2606:4700::2]:443", "[2606:4700::3]:443"}, "[2606:4700::1]:443: connection refused"},
-		{"all are black-holed", "quay.io", &wire{silent: all("quay.io")}, dialTimeout, nil, "deadline exceeded"},
-		{"a hundred are black-holed", "many.example", &wire{silent: all("many.example")}, dialTimeout, nil, "deadline exceeded"},
+		{"all are black-holed", "quay.io", &wire{silent: all("quay.io")}, 3 * time.Second, nil, "deadline exceeded"},
+		{"a hundred are black-holed", "many.example", &wire{silent: all("many.example")}, 3 * time.Second, nil, "deadline exceeded"},
+		{"a hundred refuse", "many.example", &wire{refuses: all("many.example")}, 0, nil, "connection refused"},
 		{"slower than the delay", "docker.io", &wire{slow: 300 * time.Millisecond},
 			300 * time.Millisecond, []string{"192.0.2.1:443", "[2606:4700::1]:443"}, ""},
-		{"slower than the bound", "docker.io", &wire{slow: 4 * time.Second}, dialTimeout, nil, "deadline exceeded"},
+		{"slower than the bound", "docker.io", &wire{slow: 4 * time.Second}, 3 * time.Second, nil, "deadline exceeded"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -310,7 +316,11 @@ func TestDialTriesAddressesInTurn(t *testing.T) {
 				} else if err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(10 * time.Second) // the losers arrive
+				synctest.Wait()
+				if n := w.waiting.Load(); n > 0 {
+					t.Errorf("%d attempts are still under way", n)
+				}
+				time.Sleep(10 * time.Second) // the slow ones arrive
 				synctest.Wait()
 				if tt.want != nil {
 					if diff := cmp.Diff(tt.want, w.dials); diff != "" {

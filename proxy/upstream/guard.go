@@ -34,13 +34,13 @@ var (
 // isPublic reports whether ip is an address of the Internet at large. What embeds an IPv4 address is
 // as public as that; forms that no registry lives at are not public at all.
 func isPublic(ip netip.Addr) bool {
-	ip = ip.Unmap().WithZone("")
+	ip = ip.Unmap()
 	if nat64.Contains(ip) {
 		b := ip.As16()
 		ip = netip.AddrFrom4([4]byte(b[12:]))
 	}
 	if !ip.Is4() && !globalUnicast.Contains(ip) {
-		return false // loopback, link-local, unique local, multicast, mapped in other ways
+		return false // loopback, link-local, unique local, multicast, other mappings, all that has a zone
 	}
 	for _, net := range refusedNets {
 		if net.Contains(ip) {
