@@ -1,8 +1,11 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -18,6 +21,7 @@ import (
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 )
 
@@ -40,6 +44,18 @@ registries:
   quay.test: {upstreams: [{url: "http://quay.test:80"}]}
   docker.io: {upstreams: [{url: "http://hub.test:80"}]}
 `
+
+// app is the repository of most tests, by prefix.
+const app = "/v2/quay.test/org/app"
+
+// withTags is oneUpstream with these settings for tags, such as "fresh_for: 1m". What is asked for on
+// the bare path is quay.test's too.
+func withTags(tags string) string {
+	return "default_registry: quay.test\ntags: {" + tags + "}" + oneUpstream
+}
+
+// capacity of the store: an ingest of unknown size may have a tenth of it.
+const capacity = 64 << 20
 
 // bubble runs f with a rig whose configuration is yaml.
 func bubble(t *testing.T, yaml string, f func(*rig)) {
@@ -72,7 +88,7 @@ func (r *rig) config(yaml string) *config.Config {
 func (r *rig) start(yaml string) {
 	r.Helper()
 	var err error
-	if r.store, err = storage.Open(storage.Config{Dir: filepath.Join(r.dir, "data"), Capacity: 1 << 30}); err != nil {
+	if r.store, err = storage.Open(storage.Config{Dir: filepath.Join(r.dir, "data"), Capacity: capacity}); err != nil {
 		r.Fatal(err)
 	}
 	var logged io.Writer = io.Discard
@@ -146,6 +162,77 @@ func (r *rig) do(method, path string, header ...string) answer {
 func (r *rig) get(path string, header ...string) answer {
 	r.Helper()
 	return r.do(http.MethodGet, path, header...)
+}
+
+// pull gets a tag of app and, once the image is there, all of its blobs.
+func (r *rig) pull(tag string, image registrytest.Image) {
+	r.Helper()
+	got := r.get(app+"/manifests/"+tag).want(r, http.StatusOK)
+	if dgst := got.Header.Get("Docker-Content-Digest"); dgst != image.Digest().String() {
+		r.Fatalf("%s is %s, want %s", tag, dgst, image.Digest())
+	}
+	for _, blob := range image.Blobs {
+		r.get(app+"/blobs/"+blob.Digest.String()).want(r, http.StatusOK).is(r, blob.Bytes)
+	}
+	synctest.Wait() // the client does not wait for the disk
+}
+
+// asked is how many requests the upstream has had since it was last forgotten.
+func (r *rig) asked() int { return r.quay.Count(registrytest.Match{}) }
+
+// raw sends a request on a connection of its own, and returns all that comes back, byte by byte, and
+// how it ended: nil for a clean close.
+func (r *rig) raw(method, path string) (head, body string, end error) {
+	r.Helper()
+	conn, err := r.network.DialContext(r.Context(), "tcp", "localhost:5000")
+	if err != nil {
+		r.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", method, path); err != nil {
+		r.Fatal(err)
+	}
+	raw, end := io.ReadAll(conn)
+	head, body, _ = strings.Cut(string(raw), "\r\n\r\n")
+	return head, body, end
+}
+
+// holds reports whether the blob is among the files of the store, whoever may read it.
+func (r *rig) holds(dgst digest.Digest) bool {
+	_, err := os.Stat(filepath.Join(r.dir, "data", "blobs", dgst.Algorithm().String(), dgst.Encoded()))
+	return err == nil
+}
+
+// state is how the breaker of quay.test stands in a class.
+func (r *rig) state(class string) string {
+	for _, c := range r.mirror.pool.Clients("quay.test") {
+		for _, h := range c.Health() {
+			if h.Class == class {
+				return h.State
+			}
+		}
+	}
+	return "unknown"
+}
+
+// is fails the test unless the body is exactly that.
+func (a answer) is(r *rig, body []byte) answer {
+	r.Helper()
+	if !bytes.Equal(a.body, body) {
+		r.Errorf("%s: %d bytes that are not the %d expected: %.200q", a.Request.URL, len(a.body), len(body), a.body)
+	}
+	return a
+}
+
+// code is that of the error in the body; "" if there is none.
+func (a answer) code() string {
+	var body struct {
+		Errors []struct{ Code, Message string }
+	}
+	if json.Unmarshal(a.body, &body) != nil || len(body.Errors) == 0 {
+		return ""
+	}
+	return body.Errors[0].Code
 }
 
 // want fails the test unless the answer has that status and a body without errors.

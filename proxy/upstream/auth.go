@@ -336,11 +336,9 @@ func (a *authorizer) probe(ctx context.Context) error {
 	}
 	a.client.http.CloseIdleConnections()
 	t, err := a.ask(ctx, known)
-	if e := new(Error); errors.As(err, &e) && e.Kind == Denied {
-		return nil // it answers
+	if err != nil {
+		return probed(err)
 	}
-	if err == nil {
-		a.keep(known, t)
-	}
-	return err
+	a.keep(known, t)
+	return nil
 }

@@ -139,7 +139,7 @@ func (c *Client) Resolve(ctx context.Context, ref oci.Reference) (Resolved, erro
 	} else if e := new(Error); !errors.As(err, &e) || (e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented && e.Status != http.StatusBadRequest) {
 		return Resolved{}, err
 	}
-	m, err := c.Manifest(ctx, ref)
+	m, err := c.manifest(ctx, ref, c.resend)
 	return Resolved{Digest: m.Digest, Manifest: &m}, err
 }
 
@@ -148,10 +148,16 @@ var manifestAccept = http.Header{"Accept": oci.ManifestTypes}
 // Manifest fetches a manifest and verifies it: against the digest asked for, or at least its form.
 // Errors are *Error.
 func (c *Client) Manifest(ctx context.Context, ref oci.Reference) (oci.Manifest, error) {
+	return c.manifest(ctx, ref, c.send)
+}
+
+type sender func(context.Context, query) (*http.Response, func(error), error)
+
+func (c *Client) manifest(ctx context.Context, ref oci.Reference, send sender) (oci.Manifest, error) {
 	if err := c.shuns(classManifest, ref.Digest); err != nil {
 		return oci.Manifest{}, err
 	}
-	resp, settle, err := c.send(ctx, query{http.MethodGet, classManifest, ref, "/manifests/" + ref.Identifier(), manifestAccept})
+	resp, settle, err := send(ctx, query{http.MethodGet, classManifest, ref, "/manifests/" + ref.Identifier(), manifestAccept})
 	if err != nil {
 		return oci.Manifest{}, err
 	}
@@ -194,7 +200,7 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 	if e := new(Error); !errors.As(err, &e) || e.Status == 0 || e.Kind == NotFound || e.Kind == Throttled {
 		return 0, err
 	}
-	resp, settle, err = c.send(ctx, query{http.MethodGet, classBlob, ref, path, http.Header{"Range": {"bytes=0-0"}}})
+	resp, settle, err = c.resend(ctx, query{http.MethodGet, classBlob, ref, path, http.Header{"Range": {"bytes=0-0"}}})
 	if err != nil {
 		return 0, err
 	}
@@ -217,9 +223,15 @@ func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Bo
 		header = http.Header{"Range": {fmt.Sprintf("bytes=%d-", offset)}}
 	}
 	q := query{http.MethodGet, classBlob, ref, "/blobs/" + ref.Digest.String(), header}
-	resp, settle, err := c.send(ctx, q)
-	if e := new(Error); errors.As(err, &e) && e.Status == http.StatusForbidden && e.Kind == Unavailable {
-		resp, settle, err = c.send(ctx, q) // the redirect was stale: one new one, then it is the blob host's fault
+	send := c.send
+	if offset > 0 {
+		send = c.resend
+	}
+	resp, settle, err := send(ctx, q)
+	if expired(err) {
+		if resp, settle, err = c.resend(ctx, q); expired(err) {
+			c.breakers[classBlob].fail(ref.String(), failure, "refuses its own redirects")
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -242,6 +254,12 @@ func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Bo
 		return nil, err
 	}
 	return body, nil
+}
+
+// expired reports whether the host that we were redirected to would not have the redirect.
+func expired(err error) bool {
+	e := new(Error)
+	return errors.As(err, &e) && e.Kind == Unavailable && (e.Status == http.StatusForbidden || e.Status == http.StatusUnauthorized)
 }
 
 // List is an answer to a tags or referrers request.

@@ -2,6 +2,8 @@ package upstream
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"net/http"
 )
@@ -35,18 +37,29 @@ func (c *Client) probeWith(ctx context.Context, q query) error {
 	c.http.CloseIdleConnections()
 	resp, err := c.authorized(ctx, q)
 	if err != nil {
-		return err
+		return probed(err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode >= 300 {
-		if e := c.judge(q.class, resp); e.verdict == failure || e.verdict == hostFailure || e.Kind == Throttled {
-			return e
-		}
-		return nil
+		return probed(c.judge(q.class, resp))
 	}
 	_, err = io.CopyN(io.Discard, resp.Body, verdictBytes)
 	if err == io.EOF {
 		err = nil
 	}
 	return err
+}
+
+// probed is what an error says as the outcome of a probe: a 429 or a refusal says nothing.
+func probed(err error) error {
+	e := new(Error)
+	switch {
+	case !errors.As(err, &e):
+		return err
+	case e.verdict == success:
+		return nil
+	case e.verdict == excluded:
+		return fmt.Errorf("%w: %w", errNoProbe, err)
+	}
+	return e
 }

@@ -27,10 +27,22 @@ type query struct {
 // send asks, if hold and breaker allow it, and returns an answer with a status of 2xx. The caller
 // settles it with nil or an *Error once it knows what the answer is worth.
 func (c *Client) send(ctx context.Context, q query) (*http.Response, func(error), error) {
+	return c.sendThrough(ctx, q, c.breakers[q.class].allow)
+}
+
+// resend is send for the rest of something that was begun: the hold-off that the first failure has
+// put on its reference does not concern it.
+func (c *Client) resend(ctx context.Context, q query) (*http.Response, func(error), error) {
+	return c.sendThrough(ctx, q, c.breakers[q.class].retry)
+}
+
+type admit func(reference string) (settle func(verdict, string), err error)
+
+func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.Response, func(error), error) {
 	if left := c.hold.left(time.Now()); left > 0 {
 		return nil, nil, &Error{Upstream: c.base.Host, Class: q.class.String(), Kind: Throttled, Reason: "asked us to wait", RetryAfter: left, State: "held off"}
 	}
-	verdict, err := c.breakers[q.class].allow(q.ref.String())
+	verdict, err := allow(q.ref.String())
 	if err != nil {
 		return nil, nil, c.refused(q.class, err)
 	}
@@ -73,8 +85,8 @@ func (c *Client) settler(class class, settle func(verdict, string)) func(error) 
 			c.counts[class].failed.Add(1)
 		}
 		settle(e.verdict, e.Reason)
-		if e.verdict == hostFailure {
-			c.pool.hostFailed(hostPort(c.base), e.Reason, c.breakers[class])
+		if dial := new(DialError); e.verdict == hostFailure && errors.As(e, &dial) {
+			c.pool.hostFailed(dial.Host, e.Reason, c.breakers[class])
 		}
 		if since := c.failing[class].Load(); since != nil && e.Outage() {
 			e.Since = *since
@@ -112,7 +124,7 @@ func (c *Client) judge(class class, resp *http.Response) *Error {
 	case status == http.StatusTooManyRequests:
 		e.Kind, e.RetryAfter = Throttled, c.hold.extend(resp.Header, time.Now())
 	case elsewhere && (status == http.StatusForbidden || status == http.StatusUnauthorized):
-		e.verdict = failure // an expired signature is the blob host's trouble, not a refusal of ours
+		// An expired signature: no refusal, and nobody's fault unless a new redirect has it too.
 	case status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusUnavailableForLegalReasons:
 		e.Kind = Denied
 	case status == http.StatusRequestedRangeNotSatisfiable:
