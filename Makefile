@@ -21,7 +21,6 @@ fuzz:
 	testdata/fuzz.sh 30s
 
 bench:
-	testdata/install.sh
 	go run ./cmd/bench
 
 demo:

@@ -84,8 +84,6 @@ func (m *Mirror) confirmBlob(ctx context.Context, ref oci.Reference) (*storage.B
 
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
 func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, headerBudget)
-	defer cancel()
 	return m.sizes.join(m.tasks, ref.String(), func(ctx context.Context) (int64, error) {
 		client, err := m.client(ref.Repository)
 		if err != nil {
@@ -125,8 +123,7 @@ func (w *response) sendUnsized(r *http.Request, blob io.Reader) {
 	if r.Method == http.MethodHead {
 		return
 	}
-	if _, err := io.Copy(writerOnly{w}, blob); err != nil {
-		w.broken = err
+	if _, err := io.Copy(w, blob); err != nil {
 		panic(http.ErrAbortHandler)
 	}
 }

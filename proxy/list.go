@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -69,7 +68,7 @@ func (m *Mirror) serveTags(w *response, r *http.Request, t target) error {
 	}
 	how.mark(w)
 	w.Header().Set("Content-Type", answer.MediaType)
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(answer.Body))
+	w.sendBytes(r, answer.Body)
 	return nil
 }
 
@@ -78,8 +77,6 @@ type asker func(ctx context.Context, client *upstream.Client, t target, path str
 
 // list is a list by the same contract as a tag.
 func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (storage.Answer, provenance, error) {
-	ctx, cancel := context.WithTimeout(ctx, headerBudget)
-	defer cancel()
 	stored, err := m.store.Answer(t.ref.Repository, path)
 	if err == nil && m.fresh(t, stored.ValidatedAt) {
 		return stored, hit(), nil
@@ -112,7 +109,11 @@ func (m *Mirror) askTags(ctx context.Context, client *upstream.Client, t target,
 		return storage.Answer{}, err
 	}
 	var tags tagList
-	if err := json.Unmarshal(list.Body, &tags); err != nil {
+	err = json.Unmarshal(list.Body, &tags)
+	if err == nil && tags.Name == "" && tags.Tags == nil {
+		err = errors.New("neither a name nor tags in it")
+	}
+	if err != nil {
 		return storage.Answer{}, fmt.Errorf("upstream %s: tags of %s: %w", client.Upstream(), t.ref.Repository, err)
 	}
 	tags.Name = t.ref.Name // not what it is called upstream
@@ -158,7 +159,7 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	}
 	how.mark(w)
 	w.Header().Set("Content-Type", answer.MediaType)
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(answer.Body))
+	w.sendBytes(r, answer.Body)
 	return nil
 }
 

@@ -1,12 +1,10 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io/fs"
 	"net/http"
-	"time"
 
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
@@ -15,22 +13,20 @@ import (
 // serveManifest sends a manifest, by tag or by digest. It returns an error only if it has written
 // nothing.
 func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
-	ctx, cancel := context.WithTimeout(r.Context(), headerBudget)
-	defer cancel()
 	var manifest oci.Manifest
 	var how provenance
 	var err error
 	if t.ref.Digest != "" {
-		manifest, how, err = m.manifestByDigest(ctx, t)
+		manifest, how, err = m.manifestByDigest(r.Context(), t)
 	} else {
-		manifest, how, err = m.manifestByTag(ctx, t)
+		manifest, how, err = m.manifestByTag(r.Context(), t)
 	}
 	if err != nil {
 		return err
 	}
 	how.mark(w)
 	setContent(w.Header(), manifest.MediaType, manifest.Digest)
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(manifest.Raw))
+	w.sendBytes(r, manifest.Raw)
 	return nil
 }
 

@@ -118,7 +118,7 @@ func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			panic(recovered)
 		}
 	}()
-	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	w.Header()["Docker-Distribution-Api-Version"] = []string{"registry/2.0"}
 	if err = m.serve(w, r, &t); err != nil && !errors.Is(err, errClientGone) && w.status == 0 {
 		if w.Header().Get("Cache-Status") == "" {
 			w.setCache("breakwater")
@@ -131,7 +131,8 @@ func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
 	cfg := m.cfg.Load()
 	if r.ContentLength != 0 {
-		w.Header().Set("Connection", "close") // its body is never read
+		w.Header().Set("Connection", "close")     // its body is never read …
+		_ = w.control.SetReadDeadline(time.Now()) // … nor waited for by net/http, once we have answered
 	}
 	if err := checkOrigin(r); err != nil {
 		return err
@@ -191,9 +192,9 @@ func (m *Mirror) confirmation(c *upstream.Client, repo oci.Repository) storage.C
 
 // setContent sets the headers that identify what is sent.
 func setContent(h http.Header, mediaType string, dgst digest.Digest) {
-	h.Set("Content-Type", mediaType)
-	h.Set("Docker-Content-Digest", dgst.String())
-	h.Set("Etag", `"`+dgst.String()+`"`)
+	h["Content-Type"] = []string{mediaType}
+	h["Docker-Content-Digest"] = []string{dgst.String()}
+	h["Etag"] = []string{`"` + dgst.String() + `"`}
 }
 
 // logRequest writes the access line.

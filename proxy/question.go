@@ -85,10 +85,12 @@ func noteIf(note func(), err error) {
 	}
 }
 
-// wait returns the answer. With patience it gives up, with errImpatient, once upstream has not
-// completed a phase for that long, or after patienceInAll; without, at ctx's end.
+// wait returns the answer, within headerBudget. With patience it gives up sooner, with errImpatient,
+// once upstream has not completed a phase for that long, or after patienceInAll.
 func (q *question[T]) wait(ctx context.Context, patience time.Duration) (T, error) {
 	var none T
+	ctx, cancel := context.WithTimeout(ctx, headerBudget)
+	defer cancel()
 	var impatient <-chan time.Time
 	if patience > 0 {
 		timer := time.NewTimer(q.left(patience))

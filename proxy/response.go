@@ -1,10 +1,13 @@
 package proxy
 
 import (
+	"bytes"
 	"errors"
 	"io"
+	"math"
 	"net/http"
 	"os"
+	"strconv"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -89,23 +92,43 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// sendBytes sends what is in memory. Only a request with conditions or ranges needs ServeContent.
+func (w *response) sendBytes(r *http.Request, body []byte) {
+	for _, name := range [...]string{"Range", "If-None-Match", "If-Match", "If-Modified-Since", "If-Unmodified-Since"} {
+		if r.Header[name] != nil {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+			return
+		}
+	}
+	w.Header()["Accept-Ranges"] = []string{"bytes"}
+	w.Header()["Content-Length"] = []string{strconv.Itoa(len(body))}
+	w.WriteHeader(http.StatusOK)
+	if r.Method != http.MethodHead {
+		_, _ = w.Write(body) // an error is the client's leaving
+	}
+}
+
 // ReadFrom sends src. A file is sent by the kernel, up to what is released of it, and nothing else
 // is ever handed over that the kernel could read by itself.
 func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
-	limited, ok := src.(*io.LimitedReader)
-	if !ok {
-		return io.Copy(writerOnly{w}, src)
+	left, inner := int64(math.MaxInt64), src
+	if limited, ok := src.(*io.LimitedReader); ok {
+		left, inner = limited.N, limited.R
 	}
-	body, ok := limited.R.(window)
+	body, ok := inner.(window)
 	if !ok {
 		return io.Copy(writerOnly{w}, src)
 	}
 	var total int64
-	for total < limited.N {
-		file, n, err := body.Await(min(sendChunk, limited.N-total))
+	for total < left {
+		_ = w.control.Flush() // before it waits: the header, and what has come, are the client's
+		file, n, err := body.Await(min(sendChunk, left-total))
+		if errors.Is(err, io.EOF) && left == math.MaxInt64 {
+			return total, nil // of unknown size: that was all
+		}
 		if err != nil {
 			w.broken = err
 			return total, err

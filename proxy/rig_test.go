@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"breakwater/pkg/config"
+	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
@@ -195,6 +196,16 @@ func (r *rig) raw(method, path string) (head, body string, end error) {
 	raw, end := io.ReadAll(conn)
 	head, body, _ = strings.Cut(string(raw), "\r\n\r\n")
 	return head, body, end
+}
+
+// repository is what quay.test calls so.
+func (r *rig) repository(name string) oci.Repository {
+	r.Helper()
+	repo, err := oci.ParseRepository("quay.test", name)
+	if err != nil {
+		r.Fatal(err)
+	}
+	return repo
 }
 
 // holds reports whether the blob is among the files of the store, whoever may read it.

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 
 	"breakwater/pkg/config"
@@ -43,9 +44,6 @@ type target struct {
 // parse is the only code that knows how URLs name things: four ways for a repository, in the order
 // hosts entry, ns, first path component, default registry (DESIGN 4). Its error is an *oci.Error.
 func parse(cfg *config.Config, r *http.Request) (target, error) {
-	if r.URL.IsAbs() || r.URL.Host != "" || !strings.HasPrefix(r.RequestURI, "/") {
-		return target{}, &oci.Error{Status: http.StatusBadRequest, Code: errcode.ErrorCodeUnsupported, Message: "this is a registry, not a proxy: the request must name a path"}
-	}
 	if len(r.URL.RawQuery) > maxQuery {
 		return target{}, &oci.Error{Status: http.StatusBadRequest, Code: errcode.ErrorCodeUnsupported, Message: "the query is too long"}
 	}
@@ -80,30 +78,27 @@ func (t *target) split(path string) (name, last string, ok bool) {
 		t.kind = kindTags
 		return name, "", true
 	}
-	rest, last, ok := cutLast(path)
-	if !ok {
-		return "", "", false
+	for end := len(path); ; { // the last verb counts: names may have these words in them
+		i := strings.LastIndexByte(path[:end], '/')
+		if i < 0 {
+			return "", "", false
+		}
+		switch path[i+1 : end] {
+		case "manifests":
+			t.kind = kindManifest
+		case "blobs":
+			t.kind = kindBlob
+		case "referrers":
+			t.kind = kindReferrers
+		default:
+			end = i
+			continue
+		}
+		if end == len(path) {
+			return "", "", false
+		}
+		return path[:i], path[end+1:], true
 	}
-	name, verb, ok := cutLast(rest)
-	switch verb {
-	case "manifests":
-		t.kind = kindManifest
-	case "blobs":
-		t.kind = kindBlob
-	case "referrers":
-		t.kind = kindReferrers
-	default:
-		return "", "", false
-	}
-	return name, last, ok
-}
-
-func cutLast(s string) (before, after string, ok bool) {
-	i := strings.LastIndexByte(s, '/')
-	if i < 0 {
-		return "", s, false
-	}
-	return s[:i], s[i+1:], true
 }
 
 // repository settles which registry is meant and what its repository is called there.
@@ -115,7 +110,7 @@ func (t *target) repository(cfg *config.Config, host, name string) (oci.Reposito
 	}
 	if named { // BuildKit says it twice, as ns and as prefix
 		name = strings.TrimPrefix(name, registry+"/")
-	} else if first, rest, ok := strings.Cut(name, "/"); ok && looksLikeRegistry(cfg, first) {
+	} else if first, rest, _ := strings.Cut(name, "/"); looksLikeRegistry(cfg, first) {
 		registry, name = first, rest
 	} else {
 		registry, t.bare = cfg.DefaultRegistry, true
@@ -158,26 +153,27 @@ func checkOrigin(r *http.Request) error {
 // checkHost refuses names that are not ours: a page of evil.example whose name was rebound to this
 // address sends Host: evil.example (DESIGN 13).
 func checkHost(cfg *config.Config, r *http.Request) error {
-	if r.Host == "" || strings.ContainsAny(r.Host, " /\\@") {
+	if r.URL.IsAbs() || r.URL.Host != "" || !strings.HasPrefix(r.RequestURI, "/") {
+		return &oci.Error{Status: http.StatusBadRequest, Code: errcode.ErrorCodeUnsupported, Message: "this is a registry, not a proxy: the request must name a path"}
+	}
+	u, err := url.Parse("//" + r.Host)
+	if err != nil || u.Host != r.Host || u.Hostname() == "" {
 		return &oci.Error{Status: http.StatusBadRequest, Code: errcode.ErrorCodeUnsupported, Message: "the Host header is malformed"}
 	}
 	name := hostname(r.Host)
-	if name == "localhost" || cfg.Hosts[name] != "" {
+	own := func(s string) bool { return strings.EqualFold(s, name) }
+	if cfg.Hosts[name] != "" || slices.ContainsFunc(cfg.ServerNames, own) {
+		return nil // at any port: whatever stands in front of us may have another
+	}
+	// An address cannot be rebound, and the one that the client reached is ours; not so another port.
+	local, known := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	addr, err := netip.ParseAddr(name)
+	loopback := name == "localhost" || (err == nil && addr.IsLoopback())
+	if !known || (loopback && u.Port() == "") || (loopback && u.Port() == port(local)) || r.Host == local.String() {
 		return nil
 	}
-	for _, own := range cfg.ServerNames {
-		if strings.EqualFold(own, name) {
-			return nil
-		}
-	}
-	// An address cannot be rebound, and the one that the client reached is ours.
-	if addr, err := netip.ParseAddr(name); err == nil {
-		if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); !ok || addr.IsLoopback() || local.String() == net.JoinHostPort(name, port(local)) {
-			return nil
-		}
-	}
 	return &oci.Error{Status: http.StatusMisdirectedRequest, Code: errcode.ErrorCodeDenied,
-		Message: "this mirror does not answer for host " + name + "; add it to server_names"}
+		Message: "this mirror does not answer for host " + r.Host + "; add its name to server_names"}
 }
 
 func port(a net.Addr) string {

@@ -133,6 +133,12 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 			break
 		}
 		if answer.manifest, err = client.Manifest(ctx, named); err != nil {
+			if e := new(upstream.Error); errors.As(err, &e) && e.Kind == upstream.NotFound {
+				// It has just named the manifest: that it lacks it is trouble, not a word on the tag.
+				broken := *e
+				broken.Kind, broken.Reason = upstream.Unavailable, "lacks the manifest that it names"
+				err = &broken
+			}
 			return resolution{}, err
 		}
 		answer.fetched = true

@@ -30,6 +30,7 @@ const (
 	MaxManifest    = 4 << 20
 	maxDepth       = 32
 	maxDescriptors = 10_000
+	maxElements    = 4 * maxDescriptors // of all arrays, since two bytes can decode to a whole descriptor
 )
 
 // Manifest is an image manifest or an index, with the bytes that its digest is the hash of. They
@@ -145,7 +146,8 @@ func mediaTypeOf(contentType string) string {
 // last of two, other clients do not: a manifest that uses that is read in two ways.
 var structural = []string{"schemaVersion", "mediaType", "manifests", "config", "layers", "blobs", "subject", "digest", "size", "urls"}
 
-// checkJSON walks the tokens once, bounded in depth, and refuses duplicate and misspelt names.
+// checkJSON walks the tokens once, bounded in depth and in elements, and refuses duplicate and misspelt
+// names.
 func checkJSON(raw []byte) error {
 	type level struct {
 		names map[string]bool // nil in an array
@@ -153,6 +155,7 @@ func checkJSON(raw []byte) error {
 		key   string          // the member whose value comes next
 	}
 	var stack []level
+	elements := 0
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	for {
 		token, err := dec.Token()
@@ -164,6 +167,11 @@ func checkJSON(raw []byte) error {
 		}
 		top := len(stack) - 1
 		delim, _ := token.(json.Delim)
+		if top >= 0 && stack[top].names == nil && delim != ']' {
+			if elements++; elements > maxElements {
+				return fmt.Errorf("more than %d elements", maxElements)
+			}
+		}
 		switch {
 		case delim == '{' || delim == '[':
 			if len(stack) == maxDepth {

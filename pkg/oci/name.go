@@ -6,11 +6,10 @@ package oci
 import (
 	_ "crypto/sha256" // the two digest algorithms of the OCI image specification
 	_ "crypto/sha512"
-	"regexp"
+	"net/netip"
 	"strings"
 
 	"github.com/distribution/distribution/v3/registry/api/errcode"
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -20,12 +19,6 @@ const maxName = 255
 
 // DockerHub is the registry whose one-part repository names live under "library/".
 const DockerHub = "docker.io"
-
-var (
-	namePattern     = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
-	tagPattern      = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
-	registryPattern = regexp.MustCompile(`^(` + reference.DomainRegexp.String() + `)$`)
-)
 
 // Repository names a repository of a registry: quay.io and org/app.
 type Repository struct{ Registry, Name string }
@@ -63,7 +56,7 @@ func ParseRepository(registry, name string) (Repository, error) {
 	if !ValidRegistry(registry) {
 		return Repository{}, NewError(errcode.ErrorCodeNameInvalid, "%.64q is not the name of a registry", registry)
 	}
-	if len(registry)+1+len(name) > maxName || !namePattern.MatchString(name) {
+	if len(registry)+1+len(name) > maxName || !validName(name) {
 		return Repository{}, NewError(errcode.ErrorCodeNameInvalid, "%.64q is not the name of a repository", name)
 	}
 	if registry == DockerHub && !strings.Contains(name, "/") {
@@ -74,21 +67,99 @@ func ParseRepository(registry, name string) (Repository, error) {
 
 // ValidRegistry reports whether s has the form of a registry's name: host or host:port.
 func ValidRegistry(s string) bool {
-	return len(s) <= maxName && registryPattern.MatchString(s)
+	if strings.HasPrefix(s, "[") {
+		address, err := netip.ParseAddrPort(s)
+		if err != nil {
+			bare, ok := strings.CutSuffix(s[1:], "]")
+			ip, err := netip.ParseAddr(bare)
+			return ok && err == nil && ip.Is6() && ip.Zone() == ""
+		}
+		return address.Addr().Is6() && address.Addr().Zone() == ""
+	}
+	host, port, found := strings.Cut(s, ":")
+	if len(s) > maxName || found && (port == "" || strings.Trim(port, "0123456789") != "") {
+		return false
+	}
+	for label := range strings.SplitSeq(host, ".") {
+		if label == "" || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for i := range len(label) {
+			if c := label[i]; !isLowerAlnum(c) && (c < 'A' || c > 'Z') && c != '-' {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // ValidTag reports whether s has the form of a tag (distribution-spec, "Pulling manifests").
-func ValidTag(s string) bool { return tagPattern.MatchString(s) }
+func ValidTag(s string) bool {
+	if s == "" || len(s) > 128 || s[0] == '.' || s[0] == '-' {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; !isLowerAlnum(c) && (c < 'A' || c > 'Z') && c != '_' && c != '.' && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+// validName is, by hand since it is on every request's way,
+// [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*
+func validName(s string) bool {
+	for i := 0; ; {
+		word := i
+		for i < len(s) && isLowerAlnum(s[i]) {
+			i++
+		}
+		if i == word {
+			return false
+		}
+		if i == len(s) {
+			return true
+		}
+		separator := i
+		for i < len(s) && s[i] == s[separator] {
+			i++
+		}
+		switch n := i - separator; s[separator] {
+		case '/', '.':
+			if n > 1 {
+				return false
+			}
+		case '_':
+			if n > 2 {
+				return false
+			}
+		case '-':
+		default:
+			return false
+		}
+	}
+}
+
+func isLowerAlnum(c byte) bool { return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' }
 
 // ParseDigest accepts sha256 and sha512 in their one canonical form, lower-case hex of the full
 // length. go-digest panics on what was not checked so; behind this, nothing is left to check.
 // Its error is a DIGEST_INVALID.
 func ParseDigest(s string) (digest.Digest, error) {
-	d := digest.Digest(s)
-	if err := d.Validate(); err != nil || (d.Algorithm() != digest.SHA256 && d.Algorithm() != digest.SHA512) {
+	algorithm, encoded, _ := strings.Cut(s, ":")
+	if !(algorithm == "sha256" && len(encoded) == 64) && !(algorithm == "sha512" && len(encoded) == 128) || !isHex(encoded) {
 		return "", NewError(errcode.ErrorCodeDigestInvalid, "%.64q is not a sha256 or sha512 digest", s)
 	}
-	return d, nil
+	return digest.Digest(s), nil
+}
+
+func isHex(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
 }
 
 // ParseReference takes what stands behind /manifests/: a tag, or a digest if it holds a colon.

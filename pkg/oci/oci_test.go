@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"net/http/httptest"
+	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -126,6 +128,36 @@ func FuzzParseManifest(f *testing.F) {
 		}
 		for _, d := range append(m.Manifests, m.Blobs...) {
 			_ = d.Digest.Algorithm() // panics if a malformed one came through
+		}
+	})
+}
+
+// The specification gives the forms as regular expressions (distribution-spec, "Pulling manifests");
+// that of a registry's name is Docker's.
+func FuzzForms(f *testing.F) {
+	name := regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
+	tag := regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
+	registry := regexp.MustCompile(`^(` + reference.DomainRegexp.String() + `)$`)
+	for _, s := range []string{"a", "a/b", "a..b", "a__b", "a___b", "a---b", "quay.io:443", "sha256:" + strings.Repeat("a", 64), "-a", "localhost:", "[::1]:5000", "a.-b", "Quay.io", "_x"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if got, want := validName(s), name.MatchString(s); got != want {
+			t.Errorf("name %q: %v, want %v", s, got, want)
+		}
+		if got, want := ValidTag(s), tag.MatchString(s); got != want {
+			t.Errorf("tag %q: %v, want %v", s, got, want)
+		}
+		d := digest.Digest(s)
+		valid := d.Validate() == nil && d.Algorithm() != digest.SHA384
+		if _, err := ParseDigest(s); (err == nil) != valid {
+			t.Errorf("digest %q: %v", s, err)
+		}
+		if strings.HasPrefix(s, "[") || len(s) > maxName {
+			return // ours must be an address, and bounded
+		}
+		if got, want := ValidRegistry(s), registry.MatchString(s); got != want {
+			t.Errorf("registry %q: %v, want %v", s, got, want)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"breakwater/pkg/oci"
+
 	"github.com/distribution/distribution/v3/registry/api/errcode"
 )
 
@@ -133,7 +134,7 @@ func (g *Registry) serveToken(w http.ResponseWriter, r *http.Request, auth Auth)
 	for _, scopes := range r.URL.Query()["scope"] {
 		for scope := range strings.FieldsSeq(scopes) {
 			repo, found := strings.CutPrefix(scope, "repository:")
-			repo, actions, _ := cutLast(repo, ":")
+			repo, actions := cutLast(repo, ":")
 			if found && slices.Contains(strings.Split(actions, ","), "pull") && auth.may(user, repo) {
 				given.repositories = append(given.repositories, repo)
 			}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"breakwater/pkg/oci"
+
 	"github.com/distribution/distribution/v3/registry/api/errcode"
 )
 
@@ -149,7 +150,7 @@ func Status(status int, header ...string) Fault {
 	if !known {
 		code = errcode.ErrorCodeUnknown
 	}
-	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+	return func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 		for i := 0; i+1 < len(header); i += 2 {
 			w.Header().Add(header[i], header[i+1])
 		}

@@ -36,7 +36,8 @@ func TestBodyFaults(t *testing.T) {
 		{"chunked", Header("Content-Length", ""), -1, content, nil},
 		{"drip", Drip(100_000, time.Millisecond), 200_000, content, nil},
 	} {
-		check := func(t *testing.T, resp *http.Response, err error) {
+		check := func(t *testing.T, c *http.Client, url string) {
+			resp, err := c.Get(url)
 			if err != nil {
 				t.Fatalf("%s: %v", test.name, err)
 			}
@@ -50,8 +51,7 @@ func TestBodyFaults(t *testing.T) {
 		path := "/v2/org/app/blobs/" + reg.PutBlob("org/app", content).String()
 		reg.Fault(Match{Kind: KindBlob}, test.fault)
 		transport := &http.Transport{}
-		resp, err := (&http.Client{Transport: transport}).Get(reg.Start(t).URL + path)
-		check(t, resp, err)
+		check(t, &http.Client{Transport: transport}, reg.Start(t).URL+path)
 		transport.CloseIdleConnections()
 
 		synctest.Test(t, func(t *testing.T) {
@@ -60,8 +60,7 @@ func TestBodyFaults(t *testing.T) {
 			reg.PutBlob("org/app", content)
 			reg.Fault(Match{Kind: KindBlob}, test.fault)
 			reg.Serve(t, n, "quay.test:443")
-			resp, err := client(t, n).Get("https://quay.test" + path)
-			check(t, resp, err)
+			check(t, client(t, n), "https://quay.test"+path)
 		})
 	}
 }
@@ -85,39 +84,39 @@ func TestAnswerFaults(t *testing.T) {
 	image := NewImage()
 	reg.Push("org/app", "latest", image)
 	url := reg.Start(t).URL + "/v2/org/app/manifests/latest"
-	get := func(method string) (*http.Response, string) {
-		resp, body, err := ask(t, method, url)
+	get := func(method string) (status int, header http.Header, body string) {
+		resp, raw, err := ask(t, method, url)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return resp, string(body)
+		return resp.StatusCode, resp.Header, string(raw)
 	}
 	reg.Fault(Match{Kind: KindManifest}, Status(503, "Retry-After", "120"))
-	if resp, body := get("GET"); resp.StatusCode != 503 || resp.Header.Get("Retry-After") != "120" || body == "" {
-		t.Errorf("%v %s", resp, body)
+	if status, h, body := get("GET"); status != 503 || h.Get("Retry-After") != "120" || body == "" {
+		t.Errorf("%d %v %s", status, h, body)
 	}
 	reg.Fault(Match{Path: "org/app"}, Portal())
-	if resp, body := get("GET"); resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" {
-		t.Errorf("the newest rule is not outermost: %v %s", resp, body)
+	if status, h, _ := get("GET"); status != 200 || h.Get("Content-Type") != "text/html; charset=utf-8" {
+		t.Errorf("the newest rule is not outermost: %d %v", status, h)
 	}
 	reg.Heal()
 	remove := reg.Fault(Match{Method: "HEAD"}, Status(405))
-	if head, _ := get("HEAD"); head.StatusCode != 405 {
-		t.Errorf("%v", head)
+	if status, _, _ := get("HEAD"); status != 405 {
+		t.Errorf("%d", status)
 	}
-	if resp, body := get("GET"); resp.StatusCode != 200 || body != string(image.Raw) {
-		t.Errorf("%v %s", resp, body)
+	if status, _, body := get("GET"); status != 200 || body != string(image.Raw) {
+		t.Errorf("%d %s", status, body)
 	}
 	remove()
 	remove() // twice does no harm
 	reg.Fault(Match{}, Header("Docker-Content-Digest", ""), Header("Content-Type", ""), Header("X-Other", "1"))
-	if resp, _ := get("HEAD"); resp.StatusCode != 200 || resp.Header["Docker-Content-Digest"] != nil || resp.Header["Content-Type"] != nil || resp.Header.Get("X-Other") != "1" {
-		t.Errorf("%v", resp.Header)
+	if status, h, _ := get("HEAD"); status != 200 || h["Docker-Content-Digest"] != nil || h["Content-Type"] != nil || h.Get("X-Other") != "1" {
+		t.Errorf("%d %v", status, h)
 	}
 	reg.Heal()
 	reg.Fault(Match{}, Header("Docker-Content-Digest", digest.FromString("other").String()))
-	if resp, _ := get("HEAD"); resp.Header.Get("Docker-Content-Digest") != digest.FromString("other").String() {
-		t.Errorf("%v", resp.Header)
+	if _, h, _ := get("HEAD"); h.Get("Docker-Content-Digest") != digest.FromString("other").String() {
+		t.Errorf("%v", h)
 	}
 }
 

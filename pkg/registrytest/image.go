@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"breakwater/pkg/oci"
+
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ispec "github.com/opencontainers/image-spec/specs-go/v1"

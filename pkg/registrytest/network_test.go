@@ -256,3 +256,31 @@ func TestF27Certificates(t *testing.T) {
 		}
 	})
 }
+
+func TestCloseWaitsForHandlers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := NewNetwork()
+		l, err := n.Listen("a.test:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		began, ended := make(chan struct{}), false
+		server := Serve(l, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			close(began)
+			<-r.Context().Done()
+			time.Sleep(time.Second)
+			ended = true
+		}))
+		c := client(t, n)
+		go func() {
+			if resp, err := c.Get(server.URL); err == nil {
+				_ = resp.Body.Close()
+				t.Error("an answer from a handler that gave none")
+			}
+		}()
+		<-began
+		if err := server.Close(); err != nil || !ended {
+			t.Errorf("closed with %v before the handler ended", err)
+		}
+	})
+}

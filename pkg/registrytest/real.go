@@ -12,8 +12,8 @@ import (
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
-	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem"
-	_ "github.com/distribution/distribution/v3/registry/storage/driver/inmemory"
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // found by its name in the configuration
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/inmemory"   // the same
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
 )

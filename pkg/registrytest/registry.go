@@ -38,6 +38,7 @@ import (
 	"time"
 
 	"breakwater/pkg/oci"
+
 	"github.com/distribution/distribution/v3/registry/api/errcode"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -66,7 +67,6 @@ type Registry struct {
 	config       Config
 	repositories map[string]*repository
 	tokens       map[string]grant
-	rules        []*rule
 }
 
 type repository struct {
@@ -298,7 +298,7 @@ func (g *Registry) serveCDN(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusForbidden, "AccessDenied")
 		return
 	}
-	repo, name, _ := cutLast(strings.TrimPrefix(r.URL.Path, "/cdn/"), "/")
+	repo, name := cutLast(strings.TrimPrefix(r.URL.Path, "/cdn/"), "/")
 	g.mu.Lock()
 	raw, found := g.repository(repo).blobs[digest.Digest(name)]
 	g.mu.Unlock()
@@ -317,12 +317,13 @@ func sign(path, expires string) string {
 	return hex.EncodeToString(mac.Sum(nil))
 }
 
-func cutLast(s, sep string) (before, after string, found bool) {
+// cutLast is strings.Cut at the last sep; all is before it if there is none.
+func cutLast(s, sep string) (before, after string) {
 	i := strings.LastIndex(s, sep)
 	if i < 0 {
-		return s, "", false
+		return s, ""
 	}
-	return s[:i], s[i+len(sep):], true
+	return s[:i], s[i+len(sep):]
 }
 
 // serveTags pages by n and last (distribution-spec, "Listing Tags").

@@ -103,6 +103,10 @@ func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges
 	select {
 	case r := <-done:
 		authorization, _ := r.Val.(string)
+		if e := new(Error); errors.As(r.Err, &e) {
+			own := *e // whoever asked for content writes into it what that means there
+			return "", &own
+		}
 		return authorization, r.Err
 	case <-ctx.Done():
 		return "", a.client.failed(ctx, classToken, ctx.Err())

@@ -29,6 +29,7 @@ type Body struct {
 	c       *Client
 	ref     oci.Reference
 	body    io.ReadCloser
+	host    string // that it comes from, perhaps after redirects
 	read    int64
 	failed  func(error) *Error
 	settle  func(error)
@@ -38,7 +39,7 @@ type Body struct {
 
 func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(error)) *Body {
 	var once sync.Once
-	b := &Body{Size: resp.ContentLength, c: c, ref: ref, body: resp.Body}
+	b := &Body{Size: resp.ContentLength, c: c, ref: ref, body: resp.Body, host: resp.Request.URL.Host}
 	b.failed = func(err error) *Error { return c.failed(resp.Request.Context(), classBlob, err) }
 	b.settle = func(err error) { once.Do(func() { settle(err) }) }
 	b.late = time.AfterFunc(verdictTime, func() {
@@ -62,6 +63,7 @@ func (b *Body) Read(p []byte) (int, error) {
 		if failed.Reason == "failed" {
 			failed.Reason = "body broke off"
 		}
+		failed.at(b.host)
 		if b.settled {
 			b.c.breakers[classBlob].fail(b.ref.String(), failed.verdict, failed.Reason)
 		}

@@ -238,8 +238,6 @@ func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Bo
 	}
 	body := newBody(c, ref, resp, settle)
 	switch {
-	case strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html"):
-		err = c.malformed(classBlob, resp.StatusCode, errors.New("a page of HTML instead of the blob"))
 	case offset > 0 && resp.StatusCode != http.StatusPartialContent:
 		err = c.malformed(classBlob, resp.StatusCode, errors.New("the range was not honoured"))
 	case offset > 0:

@@ -46,6 +46,13 @@ func (e *Error) Error() string {
 // Unwrap returns what lies beneath.
 func (e *Error) Unwrap() error { return e.Err }
 
+// at names the host that failed, where that is a CDN or a token service and not the upstream itself.
+func (e *Error) at(host string) {
+	if host != e.Upstream {
+		e.Reason = host + ": " + e.Reason
+	}
+}
+
 // Outage reports whether the error leaves open if the thing exists.
 func (e *Error) Outage() bool { return e.Kind == Unavailable || e.Kind == Throttled }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -50,6 +51,9 @@ func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.R
 	resp, err := c.authorized(ctx, q)
 	if err == nil && resp.StatusCode >= 300 {
 		err = c.judge(q.class, resp)
+	} else if err == nil && strings.HasPrefix(strings.ToLower(resp.Header.Get("Content-Type")), "text/html") {
+		resp.Body.Close()
+		err = c.malformed(q.class, resp.StatusCode, errors.New("a page of HTML, as captive portals send for everything"))
 	}
 	if err != nil {
 		settle(err)
@@ -186,6 +190,11 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 	resp, err := client.Do(req)
 	if err != nil {
 		failed := c.failed(ctx, class, withoutURL(err))
+		if u := new(url.Error); errors.As(err, &u) {
+			if last, err := url.Parse(u.URL); err == nil {
+				failed.at(last.Host)
+			}
+		}
 		cancel(nil)
 		if failed.verdict != excluded {
 			c.http.CloseIdleConnections() // what is pooled is as likely to be dead
