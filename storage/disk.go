@@ -35,7 +35,6 @@ import (
 	"log/slog"
 	"math"
 	"os"
-	"path"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,6 +69,7 @@ type Disk struct {
 	sequence atomic.Uint64 // ends them
 
 	root    *os.Root
+	opened  []io.Closer // root and all below it that is open
 	tmp     folder
 	records folder
 	blobs   map[digest.Algorithm]folder
@@ -94,7 +94,6 @@ func Open(cfg Config) (*Disk, error) {
 		capacity: cfg.Capacity,
 		session:  rand.Text()[:8],
 		sync:     (*os.File).Sync,
-		blobs:    map[digest.Algorithm]folder{},
 		writers:  stripes{seed: maphash.MakeSeed()},
 	}
 	if d.log == nil {
@@ -121,6 +120,7 @@ func (d *Disk) open(dir string) (err error) {
 	if d.root, err = os.OpenRoot(dir); err != nil {
 		return err
 	}
+	d.opened = append(d.opened, d.root)
 	if err := checkFolder(d.root, "."); err != nil {
 		return err
 	}
@@ -136,29 +136,29 @@ func (d *Disk) open(dir string) (err error) {
 	if d.tags, err = newTagCache(); err != nil {
 		return err
 	}
+	folders := map[string]folder{}
 	for _, name := range []string{"tmp", "quarantine", "records", "records/_public", "blobs", "blobs/sha256", "blobs/sha512"} {
-		if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if folders[name], err = d.openFolder(name); err != nil {
 			return err
-		}
-		if err := checkFolder(d.root, name); err != nil {
-			return err
-		}
-		f := folder{path: name}
-		if f.Root, err = d.root.OpenRoot(name); err != nil {
-			return err
-		}
-		switch name {
-		case "tmp":
-			d.tmp = f
-		case "records":
-			d.records = f
-		case "blobs/sha256", "blobs/sha512":
-			d.blobs[digest.Algorithm(path.Base(name))] = f
-		default:
-			_ = f.Close()
 		}
 	}
+	d.tmp, d.records = folders["tmp"], folders["records"]
+	d.blobs = map[digest.Algorithm]folder{digest.SHA256: folders["blobs/sha256"], digest.SHA512: folders["blobs/sha512"]}
 	return d.createFiles()
+}
+
+func (d *Disk) openFolder(name string) (folder, error) {
+	if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return folder{}, err
+	}
+	if err := checkFolder(d.root, name); err != nil {
+		return folder{}, err
+	}
+	root, err := d.root.OpenRoot(name)
+	if err == nil {
+		d.opened = append(d.opened, root)
+	}
+	return folder{root, name}, err
 }
 
 // createFiles writes the files that make the folder an OCI layout of this version, where missing.
@@ -204,11 +204,14 @@ func (d *Disk) lock() error {
 		return os.NewSyscallError("flock", err)
 	}
 	d.exporter.changed.Store(holder != "")
-	if err := file.Truncate(0); err != nil {
-		return err
+	err = file.Truncate(0)
+	if err == nil {
+		_, err = file.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
-	_, err = file.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	return err
+	if err != nil { // a full disk is no reason not to serve what is on it
+		d.log.Warn("cannot note this process in LOCK", "err", err)
+	}
+	return nil
 }
 
 func (d *Disk) checkVersion() error {
@@ -290,16 +293,14 @@ func (d *Disk) Close() error {
 	return errors.Join(err, d.lockFile.Truncate(0), d.release())
 }
 
-// release closes whatever open has opened; the kernel frees the lock with its file.
+// release closes whatever open has opened, LOCK last: the kernel frees the lock with its file.
 func (d *Disk) release() error {
-	var errs []error
-	for _, f := range []folder{d.tmp, d.records, d.blobs[digest.SHA256], d.blobs[digest.SHA512], {Root: d.root}} {
-		if f.Root != nil {
-			errs = append(errs, f.Close())
-		}
+	var err error
+	for _, c := range d.opened {
+		err = errors.Join(err, c.Close())
 	}
 	if d.lockFile != nil {
-		errs = append(errs, d.lockFile.Close())
+		err = errors.Join(err, d.lockFile.Close())
 	}
-	return errors.Join(errs...)
+	return err
 }

@@ -141,7 +141,7 @@ func (d *Disk) flushPull(key manifestKey, at time.Time) error {
 		return err
 	}
 	r.PulledAt = at.UTC().Round(0)
-	return d.writeRecord(name, r)
+	return d.writeRecord(name, &r)
 }
 
 func newManifestCache() (*manifestCache, error) {

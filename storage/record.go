@@ -41,7 +41,10 @@ type record struct {
 	PulledAt    time.Time `json:"pulled_at,omitzero"`  // of manifests
 }
 
-func (r record) check() error {
+// storable is what a file in records/ can hold. Its check refuses what cannot have been stored.
+type storable interface{ check() error }
+
+func (r *record) check() error {
 	if r.Size < 0 {
 		return fmt.Errorf("size is %d", r.Size)
 	}
@@ -82,6 +85,9 @@ func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (record, error) {
 // It returns fs.ErrNotExist if the content is not stored.
 func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) error {
 	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	if err == nil && !info.Mode().IsRegular() {
+		err = fs.ErrNotExist
+	}
 	if err == nil {
 		err = d.confirm(repo, dgst, info.Size(), c)
 	}
@@ -117,11 +123,11 @@ func (d *Disk) confirmAs(name string, r record, c Confirmation) error {
 	}
 	r.ConfirmedAt, r.Upstream, r.Credential = c.At.UTC().Round(0), c.Upstream, c.Credential
 	r.Platforms, r.PulledAt = old.Platforms, old.PulledAt
-	return d.writeRecord(name, r)
+	return d.writeRecord(name, &r)
 }
 
 // writeRecord writes a record; once it returns nil, a power cut does not undo it.
-func (d *Disk) writeRecord(name string, v any) error {
+func (d *Disk) writeRecord(name string, v storable) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -135,7 +141,7 @@ func (d *Disk) writeRecord(name string, v any) error {
 
 // readRecord decodes a record into v. A record that is not there, or cannot be read as one, is
 // fs.ErrNotExist.
-func (d *Disk) readRecord(name string, v interface{ check() error }) error {
+func (d *Disk) readRecord(name string, v storable) error {
 	file, info, err := d.openFile(d.records, name)
 	if err != nil {
 		return err
@@ -155,7 +161,7 @@ func (d *Disk) readRecord(name string, v interface{ check() error }) error {
 }
 
 // decodeRecord accepts what writeRecord has written, now or in a later version of this layout.
-func decodeRecord(raw []byte, v interface{ check() error }) error {
+func decodeRecord(raw []byte, v storable) error {
 	if err := json.Unmarshal(raw, v); err != nil {
 		return fmt.Errorf("is not a record: %w", err)
 	}
