@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
 	"breakwater/storage"
 )
 
@@ -20,10 +21,10 @@ const blobType = "application/octet-stream"
 // serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
-	how := hit()
+	how := provenance{cache: cacheHit}
 	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it
 	if errors.Is(err, fs.ErrNotExist) {
-		how = forwarded("uri-miss", http.StatusOK, "")
+		how = provenance{cache: cacheFetched}
 		if r.Method == http.MethodHead {
 			return m.statBlob(w, r, t) // HEAD never downloads
 		}
@@ -67,6 +68,9 @@ func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob
 				return nil, err
 			}
 			src.confirmed.Store(true)
+			if m.store.Stored(ref.Digest) { // too late for its end to see that
+				m.confirm(src.client, ref)
+			}
 		case !errors.Is(err, fs.ErrNotExist):
 			return blob, err
 		}
@@ -93,11 +97,16 @@ func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) 
 		if err != nil || !m.store.Stored(ref.Digest) {
 			return size, err
 		}
-		if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
-			m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
-		}
+		m.confirm(client, ref)
 		return size, nil
 	}).wait(ctx, 0)
+}
+
+// confirm records that upstream has what is stored in this repository too.
+func (m *Mirror) confirm(client *upstream.Client, ref oci.Reference) {
+	if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
+		m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
+	}
 }
 
 // statBlob answers HEAD of a blob that is not stored.
@@ -106,7 +115,7 @@ func (m *Mirror) statBlob(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return t.answerFor(r.Context(), err)
 	}
-	forwarded("uri-miss", http.StatusOK, "").mark(w)
+	provenance{cache: cacheFetched}.mark(w)
 	setContent(w.Header(), blobType, t.ref.Digest)
 	w.Header().Set("Accept-Ranges", "bytes")
 	if size >= 0 {

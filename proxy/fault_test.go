@@ -90,37 +90,35 @@ func TestF07FirstByteTooSlow(t *testing.T) {
 }
 
 func TestF08ErrorOnEveryRequest(t *testing.T) {
-	for _, status := range []int{500, 502, 503, 504} {
-		for _, references := range []int{1, 10} {
-			t.Run(fmt.Sprintf("%d for %d references", status, references), func(t *testing.T) {
-				t.Parallel()
-				bubble(t, oneUpstream, func(r *rig) {
-					r.quay.Push("org/app", "latest", storedImage)
-					r.pull("latest", storedImage)
-					time.Sleep(age)
-					r.quay.Forget()
-					r.quay.Fault(all, registrytest.Status(status))
-					began := time.Now()
-					for i := 0; time.Since(began) < time.Minute; i++ {
-						path, want := fmt.Sprint(app, "/manifests/v", i%references), 503
-						if i%2 == 0 {
-							path, want = app+"/manifests/latest", 200
-						}
-						asked := time.Now()
-						if got := r.serve(path); got.StatusCode != want || time.Since(asked) > 0 {
-							r.Fatalf("%s: %d after %v, want %d at once", path, got.StatusCode, time.Since(asked), want)
-						}
-						time.Sleep(10 * time.Millisecond)
+	for status, references := range map[int]int{500: 1, 502: 10, 503: 1, 504: 10} {
+		t.Run(fmt.Sprintf("%d for %d references", status, references), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, oneUpstream, func(r *rig) {
+				r.quay.Push("org/app", "latest", storedImage)
+				r.pull("latest", storedImage)
+				time.Sleep(age)
+				r.quay.Forget()
+				r.quay.Fault(all, registrytest.Status(status))
+				began := time.Now()
+				for i := 0; time.Since(began) < time.Minute; i++ {
+					path, want := fmt.Sprint(app, "/manifests/v", i%references), 503
+					if i%2 == 0 {
+						path, want = app+"/manifests/latest", 200
 					}
-					if n := r.asked(); n > 12 {
-						r.Errorf("%d requests upstream in a minute, want at most 12", n)
+					asked := time.Now()
+					if got := r.serve(path); got.StatusCode != want || time.Since(asked) > 0 {
+						r.Fatalf("%s: %d after %v, want %d at once", path, got.StatusCode, time.Since(asked), want)
 					}
-					if state := r.state("manifest"); state == "closed" {
-						r.Error("breaker closed")
-					}
-				})
+					time.Sleep(10 * time.Millisecond)
+				}
+				if n := r.asked(); n > 12 {
+					r.Errorf("%d requests upstream in a minute, want at most 12", n)
+				}
+				if state := r.state("manifest"); state == "closed" {
+					r.Error("breaker closed")
+				}
 			})
-		}
+		})
 	}
 }
 
@@ -134,8 +132,8 @@ func TestF10Flapping(t *testing.T) {
 			if int(time.Since(began).Seconds())/10%2 == 1 {
 				r.quay.Fault(all, registrytest.Status(503))
 			}
-			for range 20 {
-				for _, tag := range []string{"latest", "a", "b", "c"} {
+			for range 10 {
+				for _, tag := range []string{"latest", "a", "b"} {
 					if got := r.serve(app + "/manifests/" + tag); tag == "latest" && got.StatusCode != 200 {
 						r.Fatalf("%d for what is stored", got.StatusCode)
 					}
@@ -145,7 +143,7 @@ func TestF10Flapping(t *testing.T) {
 					opened++
 				}
 				before = state
-				time.Sleep(500 * time.Millisecond)
+				time.Sleep(time.Second)
 			}
 		}
 		if opened < 2 || opened > 25 {

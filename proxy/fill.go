@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -241,6 +242,15 @@ func (m *Mirror) fillFrom(ctx context.Context, f *fill, src *source) error {
 	f.publish(ingest, src)
 	if err := ingest.Commit(m.confirmation(src.client, src.ref.Repository)); err != nil {
 		m.logger.Error("blob not stored", "digest", f.dgst, "err", err) // its readers have all of it
+		return nil
+	}
+	f.mu.Lock()
+	others := slices.Clone(f.sources)
+	f.mu.Unlock()
+	for _, other := range others {
+		if other.confirmed.Load() {
+			m.confirm(other.client, other.ref)
+		}
 	}
 	return nil
 }

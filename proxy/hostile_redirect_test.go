@@ -34,8 +34,8 @@ func withPassword(t *testing.T) string {
 	return strings.Replace(secureUpstream, `"https://quay.test"`, `"https://quay.test", credentials: {username: robot, password_file: "`+file+`"}`, 1)
 }
 
-// serve puts a handler at "host:port" of the network, over TLS unless the port is 80.
-func (r *rig) serve(address string, h http.Handler) {
+// listen puts a handler at "host:port" of the network, over TLS unless the port is 80.
+func (r *rig) listen(address string, h http.Handler) {
 	r.Helper()
 	listener, err := r.network.Listen(address)
 	if err != nil {
@@ -140,8 +140,8 @@ func TestH29AnyRegistryIsNoWayInside(t *testing.T) {
 			}
 		}
 		r.reached()
-		r.get("/v2/metadata.test/org/app" + latest).want(r, 503)
-		r.get("/v2/mixed.test:22/org/app" + latest).want(r, 503)
+		r.get("/v2/metadata.test/org/app"+latest).want(r, 503)
+		r.get("/v2/mixed.test:22/org/app"+latest).want(r, 503)
 		r.reached("metadata.test", "mixed.test")
 		r.get("/v2/evil.test/org/app" + latest) // that any public one may be named is the point of it
 		if len(r.network.Lookups("evil.test")) == 0 {
@@ -164,9 +164,9 @@ func TestH31RedirectsThatAreNone(t *testing.T) {
 			bubble(t, secureUpstream, func(r *rig) {
 				evil := registrytest.New(registrytest.Config{})
 				evil.Fault(registrytest.Match{}, registrytest.Portal())
-				r.serve("quay.test:443", r.quay)
-				r.serve("evil.test:80", evil)
-				r.serve("evil.test:443", evil)
+				r.listen("quay.test:443", r.quay)
+				r.listen("evil.test:80", evil)
+				r.listen("evil.test:443", evil)
 				r.quay.Push("org/app", "latest", storedImage)
 				r.quay.Fault(registrytest.Match{}, redirect(location))
 				r.unusable(app + "/blobs/" + blob)
@@ -188,7 +188,7 @@ func TestH31RedirectsThatAreNone(t *testing.T) {
 func TestH31HopsHaveAnEnd(t *testing.T) {
 	for hops, want := range map[int]int{4: 200, 5: 503, 11: 503} {
 		bubble(t, secureUpstream, func(r *rig) {
-			r.serve("quay.test:443", r.quay)
+			r.listen("quay.test:443", r.quay)
 			r.quay.Push("org/app", "latest", storedImage)
 			r.quay.Fault(manifestGets, func(w http.ResponseWriter, req *http.Request, next http.Handler) {
 				n := 0
@@ -255,9 +255,9 @@ func (r *rig) follow(scheme string, hops []string, blob registrytest.Blob) {
 		open.ServeHTTP(w, req)
 	}
 	for _, address := range []string{"cdn.test:443", "quay.test:8443", "cdn.quay.test:443", "quay.test.:443"} {
-		r.serve(address, http.HandlerFunc(listen))
+		r.listen(address, http.HandlerFunc(listen))
 	}
-	r.serve("quay.test:443", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+	r.listen("quay.test:443", http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if strings.HasPrefix(req.URL.Path, "/open/") {
 			listen(w, req)
 			return
@@ -292,9 +292,9 @@ func TestH32ChallengesOfOtherHosts(t *testing.T) {
 			cdn := registrytest.New(registrytest.Config{})
 			cdn.Fault(registrytest.Match{}, registrytest.Status(http.StatusUnauthorized, "Www-Authenticate", challenge))
 			for _, host := range []string{"cdn.test:443", "evil.test:443"} {
-				r.serve(host, cdn)
+				r.listen(host, cdn)
 			}
-			r.serve("quay.test:443", r.quay)
+			r.listen("quay.test:443", r.quay)
 			r.quay.Push("org/app", "latest", storedImage)
 			r.quay.Fault(registrytest.Match{Kind: registrytest.KindBlob}, redirect("https://cdn.test/blob"))
 			r.unusable(app + "/blobs/" + blob.Digest.String())
@@ -316,8 +316,8 @@ func TestH32ChallengesOfOtherHosts(t *testing.T) {
 func TestH37DescriptorURLs(t *testing.T) {
 	bubble(t, secureUpstream, func(r *rig) {
 		evil := registrytest.New(registrytest.Config{})
-		r.serve("evil.test:443", evil)
-		r.serve("quay.test:443", r.quay)
+		r.listen("evil.test:443", evil)
+		r.listen("quay.test:443", r.quay)
 		r.metadata()
 		raw := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"%s","config":{"digest":"%s","size":2},"layers":[{"mediaType":"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
 			"digest":"%s","size":1000,"urls":["https://evil.test/layer","http://169.254.169.254/latest","http://metadata.test/"]}],"subject":{"digest":"%s","size":3,"urls":["https://evil.test/subject"]}}`,

@@ -79,7 +79,7 @@ type asker func(ctx context.Context, client *upstream.Client, t target, path str
 func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (storage.Answer, provenance, error) {
 	stored, err := m.store.Answer(t.ref.Repository, path)
 	if err == nil && m.fresh(t, stored.ValidatedAt) {
-		return stored, hit(), nil
+		return stored, provenance{cache: cacheHit}, nil
 	}
 	q := m.lists.join(m.tasks, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
 		client, err := m.client(t.ref.Repository)

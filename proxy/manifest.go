@@ -35,7 +35,7 @@ func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
 func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, provenance, error) {
 	manifest, err := m.store.Manifest(t.ref.Repository, t.ref.Digest)
 	if err == nil {
-		return manifest, hit(), nil
+		return manifest, provenance{cache: cacheHit}, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
@@ -51,7 +51,7 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	if err != nil {
 		return manifest, provenance{}, t.answerFor(ctx, err)
 	}
-	return manifest, forwarded("uri-miss", http.StatusOK, ""), nil
+	return manifest, provenance{cache: cacheFetched}, nil
 }
 
 // fetchManifest has upstream confirm a manifest that is stored on somebody else's account, or fetches
@@ -59,9 +59,7 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref oci.Reference) (oci.Manifest, error) {
 	if m.store.Stored(ref.Digest) {
 		if resolved, err := client.Resolve(ctx, ref); err == nil && resolved.Manifest == nil {
-			if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
-				m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
-			}
+			m.confirm(client, ref)
 			if manifest, err := m.store.Manifest(ref.Repository, ref.Digest); err == nil {
 				return manifest, nil
 			}

@@ -104,7 +104,7 @@ func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	var err error
 	defer func() {
 		recovered := recover()
-		if recovered != nil && recovered != http.ErrAbortHandler {
+		if recovered != nil && recovered != any(http.ErrAbortHandler) {
 			err = fmt.Errorf("panic: %v", recovered)
 			if w.status == 0 {
 				oci.WriteError(w, err)

@@ -18,17 +18,13 @@ type provenance struct {
 	age     time.Duration
 }
 
-// hit is an answer that nobody was asked about.
-func hit() provenance { return provenance{cache: "breakwater; hit"} }
-
-// forwarded is an answer that upstream gave or confirmed.
-func forwarded(why string, status int, detail string) provenance {
-	cache := "breakwater; fwd=" + why + "; fwd-status=" + strconv.Itoa(status)
-	if detail != "" {
-		cache += "; detail=" + detail
-	}
-	return provenance{cache: cache}
-}
+// What Cache-Status says of answers that are as good as upstream's own.
+const (
+	cacheHit       = "breakwater; hit"                          // nobody was asked
+	cacheFetched   = "breakwater; fwd=uri-miss; fwd-status=200" // it was not stored
+	cacheMoved     = "breakwater; fwd=stale; fwd-status=200"    // upstream had a newer one
+	cacheConfirmed = cacheMoved + "; detail=confirmed"          // upstream named the stored one
+)
 
 // stale is a stored answer given because upstream did not confirm it: err says why.
 func stale(err error, age, freshFor time.Duration) provenance {
@@ -49,7 +45,7 @@ func stale(err error, age, freshFor time.Duration) provenance {
 	default:
 		p.cache = "breakwater; fwd=stale; detail=" + detail
 	}
-	p.warning = fmt.Sprintf("stale by %s: %s", age.Round(time.Second), reason)
+	p.warning = fmt.Sprintf("stale by %s: %s", age.Truncate(time.Second), reason)
 	return p
 }
 

@@ -72,11 +72,14 @@ func bubble(t *testing.T, yaml string, f func(*rig)) {
 	})
 }
 
+// config loads yaml, in which PASSWORD is a file with one in it.
 func (r *rig) config(yaml string) *config.Config {
 	r.Helper()
-	file := filepath.Join(r.dir, "config.yaml")
-	if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
-		r.Fatal(err)
+	file, password := filepath.Join(r.dir, "config.yaml"), filepath.Join(r.dir, "password")
+	for name, text := range map[string]string{file: strings.ReplaceAll(yaml, "PASSWORD", password), password: "secret\n"} {
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			r.Fatal(err)
+		}
 	}
 	cfg, err := config.Load(file, nil, nil)
 	if err != nil {

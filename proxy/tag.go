@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/http"
 	"time"
 
 	"breakwater/pkg/config"
@@ -24,7 +23,7 @@ type resolution struct {
 func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
 	stored, validatedAt := m.storedTag(t.ref)
 	if m.fresh(t, validatedAt) {
-		return stored, hit(), nil
+		return stored, provenance{cache: cacheHit}, nil
 	}
 	q := m.tags.join(m.tasks, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
 	resolved, how, err := revalidate(ctx, m, t, validatedAt, q)
@@ -32,7 +31,7 @@ func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, pro
 		return stored, how, nil
 	}
 	if err == nil && !resolved.fetched {
-		how = forwarded("stale", http.StatusOK, "confirmed")
+		how = provenance{cache: cacheConfirmed}
 	}
 	return resolved.manifest, how, err
 }
@@ -61,10 +60,10 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, validatedAt tim
 	}
 	answer, err := q.wait(ctx, patience)
 	if err == nil && stored {
-		return answer, forwarded("stale", http.StatusOK, ""), nil
+		return answer, provenance{cache: cacheMoved}, nil
 	}
 	if err == nil {
-		return answer, forwarded("uri-miss", http.StatusOK, ""), nil
+		return answer, provenance{cache: cacheFetched}, nil
 	}
 	refusal := t.answerFor(ctx, err)
 	if !stored || errors.Is(refusal, errClientGone) {
@@ -106,7 +105,7 @@ func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, time.Time) {
 func (t target) tooStale(err error, age time.Duration) error {
 	e := t.unavailable(err)
 	e.Message = fmt.Sprintf("%s: stored, but last confirmed %s ago, which is over max_stale, and upstream does not answer: %s",
-		t.ref, age.Round(time.Second), e.Detail.(outageDetail).Reason)
+		t.ref, age.Truncate(time.Second), e.Detail.(outageDetail).Reason)
 	return e
 }
 

@@ -147,7 +147,8 @@ func isLowerAlnum(c byte) bool { return 'a' <= c && c <= 'z' || '0' <= c && c <=
 // Its error is a DIGEST_INVALID.
 func ParseDigest(s string) (digest.Digest, error) {
 	algorithm, encoded, _ := strings.Cut(s, ":")
-	if !(algorithm == "sha256" && len(encoded) == 64) && !(algorithm == "sha512" && len(encoded) == 128) || !isHex(encoded) {
+	length := map[string]int{"sha256": 64, "sha512": 128}[algorithm]
+	if length == 0 || len(encoded) != length || !isHex(encoded) {
 		return "", NewError(errcode.ErrorCodeDigestInvalid, "%.64q is not a sha256 or sha512 digest", s)
 	}
 	return digest.Digest(s), nil

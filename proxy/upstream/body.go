@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"errors"
 	"io"
 	"net/http"
 	"sync"
@@ -52,13 +53,13 @@ func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(erro
 func (b *Body) Read(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	b.read += int64(n)
-	if !b.settled && (b.read >= verdictBytes || err == io.EOF) {
+	if !b.settled && (b.read >= verdictBytes || errors.Is(err, io.EOF)) {
 		b.settled = true
 		b.late.Stop()
 		b.settle(nil)
 		b.c.good[1].Store(&b.ref)
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		failed := b.failed(err)
 		if failed.Reason == "failed" {
 			failed.Reason = "body broke off"

@@ -559,7 +559,7 @@ func TestF08BreakerLetsFewThrough(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				sent := 0
 				b := newBreaker(breakerConfig{class: classManifest, probe: func(context.Context) error {
-					if probe != errNoProbe {
+					if !errors.Is(probe, errNoProbe) {
 						sent++
 					}
 					return probe

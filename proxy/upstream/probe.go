@@ -44,7 +44,7 @@ func (c *Client) probeWith(ctx context.Context, q query) error {
 		return probed(c.judge(q.class, resp))
 	}
 	_, err = io.CopyN(io.Discard, resp.Body, verdictBytes)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = nil
 	}
 	return err
