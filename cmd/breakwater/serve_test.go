@@ -1,0 +1,253 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"breakwater/pkg/config"
+	"breakwater/pkg/registrytest"
+)
+
+// served is serve running in this process.
+type served struct {
+	*testing.T
+	file          string
+	listen, admin string
+	log           <-chan map[string]any
+}
+
+// startServe runs serve with the configuration until the test ends.
+func startServe(t *testing.T, yaml string) *served {
+	t.Helper()
+	dir := t.TempDir()
+	s := &served{T: t, file: filepath.Join(dir, "config.yaml")}
+	s.write(yaml)
+	flags := map[string]string{"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "data": filepath.Join(dir, "data"), "log-format": "json"}
+	out, in := io.Pipe()
+	lines := make(chan map[string]any, 1000)
+	s.log = lines
+	go func() {
+		defer close(lines)
+		for dec := json.NewDecoder(out); ; {
+			var line map[string]any
+			if dec.Decode(&line) != nil {
+				return
+			}
+			lines <- line
+		}
+	}()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- serve(ctx, func() (*config.Config, error) { return config.Load(s.file, nil, flags) }, in)
+		_ = in.Close()
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	line := s.await("serving")
+	s.listen, _ = line["listen"].(string)
+	s.admin, _ = line["admin"].(string)
+	return s
+}
+
+func (s *served) write(yaml string) {
+	s.Helper()
+	if err := os.WriteFile(s.file, []byte(yaml), 0o600); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// await returns the next log line whose message begins so.
+func (s *served) await(message string) map[string]any {
+	s.Helper()
+	timeout := time.After(20 * time.Second)
+	for {
+		select {
+		case line, ok := <-s.log:
+			if !ok {
+				s.Fatalf("the log ended before %q", message)
+			}
+			if msg, _ := line["msg"].(string); strings.HasPrefix(msg, message) {
+				return line
+			}
+		case <-timeout:
+			s.Fatalf("no %q in the log", message)
+		}
+	}
+}
+
+func (s *served) get(url string) (int, string) {
+	s.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func TestReloadByHangup(t *testing.T) {
+	reg := registrytest.New(registrytest.Config{})
+	reg.Push("org/app", "latest", registrytest.NewImage(registrytest.Layer(1, 100)))
+	one := "registries: {docker.io: {upstreams: [{url: \"" + reg.Start(t).URL + "\"}]}"
+	s := startServe(t, one+"}\n")
+	manifest := "http://" + s.listen + "/v2/quay.test/org/app/manifests/latest"
+	if status, body := s.get(manifest); status != http.StatusNotFound || !strings.Contains(body, "NAME_UNKNOWN") {
+		t.Errorf("before: %d %s", status, body)
+	}
+	s.write("registries: [\n")
+	hangup(t)
+	s.await("configuration not reloaded")
+	s.write(one + ", quay.test: {upstreams: [{url: \"" + reg.Start(t).URL + "\"}]}}\n")
+	hangup(t)
+	s.await("configuration reloaded")
+	if status, body := s.get(manifest); status != http.StatusOK {
+		t.Errorf("after: %d %s", status, body)
+	}
+}
+
+func hangup(t *testing.T) {
+	t.Helper()
+	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAdminAndH45(t *testing.T) {
+	reg := registrytest.New(registrytest.Config{})
+	reg.Push("org/app", "latest", registrytest.NewImage(registrytest.Layer(1, 100)))
+	s := startServe(t, "registries: {docker.io: {upstreams: [{url: \""+reg.Start(t).URL+"\"}]}}\n")
+	s.get("http://" + s.listen + "/v2/org/app/manifests/latest")
+	reg.Fault(registrytest.Match{}, registrytest.Status(http.StatusServiceUnavailable))
+	for _, tag := range []string{"a", "b", "c", "latest"} {
+		s.get("http://" + s.listen + "/v2/org/app/manifests/" + tag)
+	}
+	for path, want := range map[string][]string{
+		"/healthz": {"ok"},
+		"/readyz":  {"ok", "docker.io: upstream 127.0.0.1", "manifest open since", "answered 503"},
+		"/metrics": {
+			`breakwater_breaker_state{class="manifest",registry="docker.io",state="open",`,
+			`breakwater_stale_answers_total{registry="docker.io"} 1`,
+			`breakwater_requests_total{cache="hit",kind="manifest",method="GET",status="200"} 1`,
+			`breakwater_upstream_requests_total{class="manifest",registry="docker.io",`,
+			"breakwater_fills 0",
+		},
+	} {
+		status, body := s.get("http://" + s.admin + path)
+		for _, w := range want {
+			if status != http.StatusOK || !strings.Contains(body, w) {
+				t.Errorf("admin %s: %d, no %q in\n%s", path, status, w, body)
+			}
+		}
+		if status, _ := s.get("http://" + s.listen + path); status != http.StatusNotFound {
+			t.Errorf("%s is on the registry's port: %d", path, status)
+		}
+	}
+	if status, _ := s.get("http://" + s.admin + "/debug/pprof/"); status != http.StatusNotFound {
+		t.Errorf("pprof is on: %d", status)
+	}
+	resp, err := http.Post("http://"+s.admin+"/metrics", "text/plain", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusMethodNotAllowed {
+		t.Errorf("POST to admin: %d", resp.StatusCode)
+	}
+}
+
+func TestTLS(t *testing.T) {
+	ca := registrytest.NewCA()
+	cert, err := ca.Certificate("127.0.0.1", time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, block := range map[string]*pem.Block{
+		"cert.pem": {Type: "CERTIFICATE", Bytes: cert.Certificate[0]},
+		"key.pem":  {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := startServe(t, "tls: {cert_file: "+dir+"/cert.pem, key_file: "+dir+"/key.pem}\n")
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.Pool()}, ForceAttemptHTTP2: true}}
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("https://" + s.listen + "/v2/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK || resp.ProtoMajor != 2 {
+		t.Errorf("%d over HTTP/%d", resp.StatusCode, resp.ProtoMajor)
+	}
+}
+
+func TestCommands(t *testing.T) {
+	dir := t.TempDir()
+	bad := filepath.Join(dir, "bad.yaml")
+	if err := os.WriteFile(bad, []byte("listen: 0.0.0.0:5000\nlisen: x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		args  []string
+		want  []string // of output or error
+		fails bool
+	}{
+		{args: []string{"version"}, want: []string{"breakwater devel"}},
+		{args: []string{"config", "check"}, want: []string{"the configuration is good"}},
+		{args: []string{"config", "check", bad}, want: []string{bad + ":1", "access", bad + ":2", "listen"}, fails: true},
+		{args: []string{"config", "show"}, want: []string{"quay.io", "fresh_for: 0s"}},
+		{args: []string{"config", "schema"}, want: []string{"json-schema.org"}},
+		{args: []string{"config", "example"}, want: []string{"registries:"}},
+		{args: []string{"serve", "--config", bad}, want: []string{bad + ":2"}, fails: true},
+		{args: []string{"serve", "--colour"}, want: []string{"--colour"}, fails: true},
+		{args: []string{"serve", "--help"}, want: []string{"Examples:", "--config FILE", "SIGHUP"}},
+		{args: []string{"completion", "bash"}, want: []string{"complete"}},
+	}
+	for _, test := range tests {
+		var out bytes.Buffer
+		cmd := rootCommand()
+		cmd.SetArgs(test.args)
+		cmd.SetOut(&out)
+		cmd.SetErr(&out)
+		err := cmd.Execute()
+		if (err != nil) != test.fails {
+			t.Errorf("%v: %v", test.args, err)
+		}
+		said := out.String()
+		if err != nil {
+			said += err.Error()
+		}
+		for _, want := range test.want {
+			if !strings.Contains(said, want) {
+				t.Errorf("%v: no %q in\n%s", test.args, want, said)
+			}
+		}
+	}
+}
