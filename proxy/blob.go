@@ -52,7 +52,7 @@ func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob
 	var err error
 	for range 3 { // what it finds may change between two looks
 		var blob *storage.Blob
-		if !m.filling(ref.Digest) { // a fill that has just ended has stored it
+		if !m.inFlight(ref.Digest) { // a fill that has just ended has stored it
 			if blob, err = m.store.Blob(ref.Repository, ref.Digest); errors.Is(err, fs.ErrNotExist) && m.store.Stored(ref.Digest) {
 				blob, err = m.confirmBlob(ctx, ref)
 			}
@@ -88,7 +88,7 @@ func (m *Mirror) confirmBlob(ctx context.Context, ref oci.Reference) (*storage.B
 
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
 func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
-	return m.sizes.join(m.tasks, ref.String(), func(ctx context.Context) (int64, error) {
+	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (int64, error) {
 		client, err := m.client(ref.Repository)
 		if err != nil {
 			return 0, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -72,7 +73,7 @@ func (m *Mirror) joinFill(ref oci.Reference) (*fill, *source, error) {
 		f := m.fills.open[ref.Digest]
 		if f == nil {
 			f = &fill{dgst: ref.Digest, ready: make(chan struct{}), sources: []*source{src}}
-			if !m.tasks.start(func(ctx context.Context) { m.runFill(ctx, f) }) {
+			if !m.filling.start(func(ctx context.Context) { m.runFill(ctx, f) }) {
 				m.fills.mu.Unlock()
 				return nil, nil, errClosed
 			}
@@ -109,8 +110,8 @@ func (f *fill) add(src *source) *source {
 	return src
 }
 
-// filling reports whether the blob is on its way.
-func (m *Mirror) filling(dgst digest.Digest) bool {
+// inFlight reports whether the blob is on its way.
+func (m *Mirror) inFlight(dgst digest.Digest) bool {
 	m.fills.mu.Lock()
 	defer m.fills.mu.Unlock()
 	return m.fills.open[dgst] != nil
@@ -144,7 +145,11 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 		if err == nil {
 			return
 		}
-		m.logger.Warn("fill failed", "repository", src.ref.Repository, "digest", f.dgst, "upstream", src.client.Upstream(), "err", err)
+		level := slog.LevelWarn
+		if up := new(upstream.Error); errors.As(err, &up) && !up.Outage() {
+			level = slog.LevelDebug // there is no such blob: the client is told
+		}
+		m.logger.Log(ctx, level, "fill failed", "repository", src.ref.Repository, "digest", f.dgst, "upstream", src.client.Upstream(), "err", err)
 		f.mu.Lock()
 		src.err = err
 		begun := f.ingest != nil

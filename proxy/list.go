@@ -24,6 +24,9 @@ import (
 const (
 	// maxPage is the largest n of a tag list that is passed on (CVE-2023-2253, CVE-2020-29662).
 	maxPage = 1000
+	// referrersPatience replaces revalidate_timeout for them: a pull asks once for each manifest of an
+	// index, one after the other.
+	referrersPatience = 500 * time.Millisecond
 	// maxPages is how many pages of referrers are put together.
 	maxPages = 16
 )
@@ -60,7 +63,7 @@ func (m *Mirror) serveTags(w *response, r *http.Request, t target) error {
 	if answer.Link != "" {
 		next, err := url.ParseQuery(answer.Link)
 		if err == nil {
-			if t.ns != "" {
+			if next.Del("ns"); t.ns != "" { // ours, never one that upstream names
 				next.Set("ns", t.ns)
 			}
 			w.Header().Set("Link", "<"+(&url.URL{Path: r.URL.Path, RawQuery: next.Encode()}).String()+`>; rel="next"`)
@@ -81,7 +84,11 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 	if err == nil && m.fresh(t, stored.ValidatedAt) {
 		return stored, provenance{cache: cacheHit}, nil
 	}
-	q := m.lists.join(m.tasks, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
+	have := m.standby(t, stored.ValidatedAt)
+	if t.kind == kindReferrers {
+		have.patience = min(have.patience, referrersPatience)
+	}
+	q := m.lists.join(m.asking, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
 		client, err := m.client(t.ref.Repository)
 		if err != nil {
 			return storage.Answer{}, err
@@ -96,7 +103,7 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 		}
 		return answer, nil
 	})
-	answer, how, err := revalidate(ctx, m, t, stored.ValidatedAt, q)
+	answer, how, err := revalidate(ctx, m, t, have, q)
 	if errors.Is(err, errUseStored) {
 		return stored, how, nil
 	}
@@ -141,7 +148,9 @@ func nextQuery(link string) string {
 // serveReferrers sends the index of what refers to a manifest. Docker 29 asks for it in the middle of
 // a pull, and gives the pull up on any error but 404: for a stored manifest there is always an answer.
 func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
-	answer, how, err := m.list(r.Context(), t, "/referrers/"+t.ref.Digest.String(), m.askReferrers)
+	ctx, cancel := context.WithTimeout(r.Context(), m.referrersBudget(t))
+	defer cancel()
+	answer, how, err := m.list(ctx, t, "/referrers/"+t.ref.Digest.String(), m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
 		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil {
 			return err
@@ -161,6 +170,14 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	w.Header().Set("Content-Type", answer.MediaType)
 	w.sendBytes(r, answer.Body)
 	return nil
+}
+
+// referrersBudget is how long a list may take that nothing is stored of.
+func (m *Mirror) referrersBudget(t target) time.Duration {
+	if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil {
+		return headerBudget
+	}
+	return patienceInAll // it is asked for in the middle of a pull
 }
 
 // askReferrers asks the referrers API and, where a registry has none, the tag that stands in for it

@@ -40,7 +40,7 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	if !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
-	q := m.manifests.join(m.tasks, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
+	q := m.manifests.join(m.asking, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
 		client, err := m.client(t.ref.Repository)
 		if err != nil {
 			return oci.Manifest{}, err

@@ -44,7 +44,10 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Downloads into the store that are in flight."}),
 		mirror: m,
 	}
-	s.registry.MustRegister(s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s,
+	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
+		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
+		func() float64 { return float64(m.pool.Refused()) })
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }

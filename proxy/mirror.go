@@ -42,7 +42,8 @@ type Mirror struct {
 	logger  *slog.Logger
 	metrics *metrics
 
-	tasks     *tasks
+	asking    *tasks // questions, cut when the mirror closes: whoever asked is gone
+	filling   *tasks // fills, which may finish
 	tags      questions[resolution]
 	manifests questions[oci.Manifest]
 	sizes     questions[int64]
@@ -60,7 +61,8 @@ func New(cfg Config) (*Mirror, error) {
 		cfg.Upstreams.Logger = cfg.Logger
 	}
 	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger}
-	m.tasks = newTasks(func(recovered any) { m.logger.Error("task panicked", "err", recovered) })
+	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered) }
+	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
 	m.metrics = newMetrics(m)
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
@@ -90,9 +92,12 @@ func (m *Mirror) Use(cfg *config.Config) error {
 	return nil
 }
 
-// Close lets fills and questions finish until ctx ends, then cuts them, and waits for all of them.
+// Close lets fills finish until ctx ends, then cuts them, and waits for all that runs. Requests should
+// have ended before.
 func (m *Mirror) Close(ctx context.Context) {
-	m.tasks.stop(ctx)
+	m.asking.cancel()
+	m.filling.stop(ctx)
+	m.asking.stop(ctx)
 	m.pool.Close()
 }
 

@@ -37,14 +37,18 @@ type outageDetail struct {
 //	401 after token, 403   403 DENIED             404 BLOB_UNKNOWN       404 BLOB_UNKNOWN
 //	anything else          503 UNAVAILABLE        503 UNAVAILABLE        404 BLOB_UNKNOWN
 //
-// A manifest that may exist is never "not found", and nobody is ever told 429.
+// A manifest that may exist is never "not found", and nobody is ever told 429. Lists are answered as
+// manifests are, but a repository without tags is NAME_UNKNOWN.
 func (t target) answerFor(ctx context.Context, err error) error {
 	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
 		return errClientGone
 	}
 	unknown := errcode.ErrorCodeManifestUnknown
-	if t.kind == kindBlob {
+	switch t.kind {
+	case kindBlob:
 		unknown = errcode.ErrorCodeBlobUnknown
+	case kindTags:
+		unknown = errcode.ErrorCodeNameUnknown
 	}
 	up := new(upstream.Error)
 	said := errors.As(err, &up)
@@ -81,6 +85,10 @@ func (t target) unavailable(err error) *oci.Error {
 		detail.Reason = err.Error()
 	}
 	e.Detail = detail
-	e.Message = fmt.Sprintf("%s is not stored here, and upstream %s is unavailable (%s%s)", t.ref, detail.Upstream, detail.Reason, since)
+	who := "upstream " + detail.Upstream
+	if detail.Upstream == "" {
+		who = "registry " + t.ref.Registry
+	}
+	e.Message = fmt.Sprintf("%s is not stored here, and %s is unavailable (%s%s)", t.ref, who, detail.Reason, since)
 	return e
 }

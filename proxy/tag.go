@@ -25,8 +25,8 @@ func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, pro
 	if m.fresh(t, validatedAt) {
 		return stored, provenance{cache: cacheHit}, nil
 	}
-	q := m.tags.join(m.tasks, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
-	resolved, how, err := revalidate(ctx, m, t, validatedAt, q)
+	q := m.tags.join(m.asking, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
+	resolved, how, err := revalidate(ctx, m, t, m.standby(t, validatedAt), q)
 	if errors.Is(err, errUseStored) {
 		return stored, how, nil
 	}
@@ -46,17 +46,30 @@ func (m *Mirror) fresh(t target, validatedAt time.Time) bool {
 	return age >= 0 && age < m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration
 }
 
-// revalidate is the contract for all that can change upstream (DESIGN 2). validatedAt is when the
-// stored answer was last confirmed, zero if there is none. It returns upstream's answer, or
-// errUseStored with how to mark the stored one, or the error to answer with.
-func revalidate[T any](ctx context.Context, m *Mirror, t target, validatedAt time.Time, q *question[T]) (T, provenance, error) {
+// standby is a stored answer that can be given if upstream does not give its own.
+type standby struct {
+	validatedAt time.Time
+	patience    time.Duration // how long upstream may make no progress; 0: there is no stored answer
+}
+
+// standby is what is stored of t, last confirmed then: zero is never.
+func (m *Mirror) standby(t target, validatedAt time.Time) standby {
+	if validatedAt.IsZero() {
+		return standby{}
+	}
+	return standby{validatedAt, m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration}
+}
+
+func (s standby) age() time.Duration { return max(0, time.Since(s.validatedAt)) }
+
+// revalidate is the contract for all that can change upstream (DESIGN 2). It returns upstream's
+// answer, or errUseStored with how to mark the stored one, or the error to answer with.
+func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q *question[T]) (T, provenance, error) {
 	rules := m.cfg.Load().TagsFor(t.ref.Repository)
-	stored := !validatedAt.IsZero()
-	age := func() time.Duration { return max(0, time.Since(validatedAt)) }
-	tooOld := stored && age() >= rules.MaxStale.Duration
-	patience := rules.RevalidateTimeout.Duration
-	if !stored || tooOld {
-		patience = 0 // there is nothing else to answer
+	stored, patience := have.patience > 0, have.patience
+	tooOld := stored && have.age() >= rules.MaxStale.Duration
+	if tooOld {
+		patience = 0 // it cannot be given
 	}
 	answer, err := q.wait(ctx, patience)
 	if err == nil && stored {
@@ -79,10 +92,10 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, validatedAt tim
 		}
 	}
 	if tooOld && outage {
-		return answer, provenance{}, t.tooStale(err, age())
+		return answer, provenance{}, t.tooStale(err, have.age())
 	}
 	m.metrics.staleAnswers.WithLabelValues(t.ref.Registry).Inc()
-	return answer, stale(err, age(), rules.FreshFor.Duration), errUseStored
+	return answer, stale(err, have.age(), rules.FreshFor.Duration), errUseStored
 }
 
 // storedTag is what the record names and when upstream last said so: zero unless both are stored.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"sync"
 	"syscall"
 	"time"
 
@@ -74,6 +75,9 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		return err
 	}
 	logger := newLogger(cfg.Log, out)
+	signals := make(chan os.Signal, 1) // before anybody can think that it runs
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
 	api, err := net.Listen("tcp", cfg.Listen) // first of all: clients may come while the rest opens
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
@@ -115,16 +119,13 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	}()
 	go func() { failed <- servers[1].Serve(admin) }()
 	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "data", cfg.Data, "capacity", capacity)
-	err = untilStopped(ctx, failed, func() { reload(load, cfg, mirror, logger) })
+	err = untilStopped(ctx, signals, failed, func() { reload(load, cfg, mirror, logger) })
 	stop(servers, mirror, logger)
 	return err
 }
 
 // untilStopped returns nil on a signal to stop, or what a listener failed with.
-func untilStopped(ctx context.Context, failed <-chan error, hangup func()) error {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
+func untilStopped(ctx context.Context, signals <-chan os.Signal, failed <-chan error, hangup func()) error {
 	for {
 		select {
 		case s := <-signals:
@@ -174,7 +175,7 @@ func reload(load func() (*config.Config, error), started *config.Config, mirror 
 }
 
 func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
-	return &http.Server{
+	server := &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: readHeaderTimeout,
 		WriteTimeout:      writeTimeout,
@@ -182,6 +183,23 @@ func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 	}
+	// Clients open connections that they may never use. Shutdown would wait five seconds for their
+	// first request, while nobody can connect.
+	var unused sync.Map
+	server.ConnState = func(conn net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			unused.Store(conn, nil)
+		} else {
+			unused.Delete(conn)
+		}
+	}
+	server.RegisterOnShutdown(func() {
+		unused.Range(func(conn, _ any) bool {
+			_ = conn.(net.Conn).Close()
+			return true
+		})
+	})
+	return server
 }
 
 // newLogger writes text for people and JSON for machines.

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -123,6 +124,24 @@ func TestReloadByHangup(t *testing.T) {
 	s.await("configuration reloaded")
 	if status, body := s.get(manifest); status != http.StatusOK {
 		t.Errorf("after: %d %s", status, body)
+	}
+}
+
+func TestStopDoesNotWaitForUnusedConnections(t *testing.T) {
+	s := startServe(t, "")
+	conn, err := net.Dial("tcp", s.listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	s.get("http://" + s.listen + "/v2/") // by now the server has accepted both
+	started := time.Now()
+	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	s.await("stopped")
+	if took := time.Since(started); took > 4*time.Second {
+		t.Errorf("stopped after %v", took)
 	}
 }
 

@@ -36,10 +36,13 @@ type Reference struct {
 
 // String is the reference as people write it: quay.io/org/app:tag or quay.io/org/app@sha256:….
 func (r Reference) String() string {
-	if r.Digest != "" {
+	switch {
+	case r.Digest != "":
 		return r.Repository.String() + "@" + r.Digest.String()
+	case r.Tag != "":
+		return r.Repository.String() + ":" + r.Tag
 	}
-	return r.Repository.String() + ":" + r.Tag
+	return r.Repository.String()
 }
 
 // Identifier is the last part of the reference: its digest, or else its tag.

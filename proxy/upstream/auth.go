@@ -25,8 +25,8 @@ const (
 	maxTokenBody = 256 << 10
 	maxToken     = 16 << 10
 	maxRealm     = 2 << 10
-	// Life of a token: what the answer says, within these; used until 80 % of it is over, so that
-	// none runs out on the way.
+	// Life of a token: what the answer says, within these. It is used until 80 % of it is over, so that
+	// none runs out on the way, and from 60 % on the next one is fetched ahead of need.
 	defaultTokenLife = time.Minute // distribution's token specification
 	minTokenLife     = 30 * time.Second
 	maxTokenLife     = time.Hour
@@ -41,16 +41,37 @@ type authorizer struct {
 	client *Client
 	flight singleflight.Group
 
-	mu     sync.Mutex
-	learnt map[string]challenge // by repository name
-	tokens map[challenge]token
+	life context.Context // ends when the client closes
+	end  context.CancelFunc
+
+	mu      sync.Mutex           // guards what follows
+	learnt  map[string]challenge // by repository name
+	tokens  map[challenge]token
+	closed  bool
+	fetches sync.WaitGroup
+}
+
+func newAuthorizer(c *Client) *authorizer {
+	a := &authorizer{client: c}
+	a.life, a.end = context.WithCancel(context.Background())
+	return a
+}
+
+// close ends the requests for tokens and waits for them.
+func (a *authorizer) close() {
+	a.mu.Lock()
+	a.closed = true
+	a.mu.Unlock()
+	a.end()
+	a.fetches.Wait()
 }
 
 // challenge is what a token is asked with. Basic has only a scheme.
 type challenge struct{ scheme, realm, service, scope string }
 
 type token struct {
-	authorization string // "" for a refusal that is remembered
+	authorization string    // "" for a refusal that is remembered
+	renew         time.Time // from then on whoever uses it has the next one fetched; zero is never
 	until         time.Time
 }
 
@@ -65,6 +86,9 @@ func (a *authorizer) remembered(repo oci.Repository) string {
 		authorization, _ := a.basic()
 		return authorization
 	case known && time.Now().Before(t.until):
+		if !t.renew.IsZero() && time.Now().After(t.renew) {
+			a.begin(context.Background(), ch) // nobody waits for it
+		}
 		return t.authorization
 	}
 	return ""
@@ -88,20 +112,16 @@ func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges
 	a.mu.Lock()
 	t, ok := a.tokens[ch]
 	a.mu.Unlock()
-	if ok && time.Now().Before(t.until) && t.authorization != sent {
+	if ok && time.Now().Before(t.until) {
 		if t.authorization == "" {
 			return "", a.denied(http.StatusUnauthorized)
 		}
-		return t.authorization, nil
+		if t.authorization != sent {
+			return t.authorization, nil
+		}
 	}
-	done := a.flight.DoChan(ch.realm+"\x00"+ch.service+"\x00"+ch.scope, func() (any, error) {
-		// One waiter's hurry must not fail the others, but its trace tells how the question goes on.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTimeout)
-		defer cancel()
-		return a.fetch(ctx, ch)
-	})
 	select {
-	case r := <-done:
+	case r := <-a.begin(ctx, ch):
 		authorization, _ := r.Val.(string)
 		if e := new(Error); errors.As(r.Err, &e) {
 			own := *e // whoever asked for content writes into it what that means there
@@ -111,6 +131,27 @@ func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges
 	case <-ctx.Done():
 		return "", a.client.failed(ctx, classToken, ctx.Err())
 	}
+}
+
+// begin fetches a token, once for all who want it. One waiter's hurry must not fail the others, but
+// its trace tells how its question goes on.
+func (a *authorizer) begin(ctx context.Context, ch challenge) <-chan singleflight.Result {
+	return a.flight.DoChan(ch.realm+"\x00"+ch.service+"\x00"+ch.scope, func() (any, error) {
+		a.mu.Lock()
+		closed := a.closed
+		if !closed {
+			a.fetches.Add(1)
+		}
+		a.mu.Unlock()
+		if closed {
+			return "", a.client.failed(a.life, classToken, a.life.Err())
+		}
+		defer a.fetches.Done()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTimeout)
+		defer cancel()
+		defer context.AfterFunc(a.life, cancel)()
+		return a.fetch(ctx, ch)
+	})
 }
 
 // choose picks the challenge to answer: Bearer if its realm may be asked, else Basic if there is a
@@ -267,7 +308,8 @@ func (a *authorizer) parse(raw []byte) (token, error) {
 		life = time.Duration(min(max(body.ExpiresIn, 0), maxTokenLife.Seconds()) * float64(time.Second))
 	}
 	life = max(life, minTokenLife)
-	return token{"Bearer " + value, time.Now().Add(life * 8 / 10)}, nil
+	now := time.Now()
+	return token{"Bearer " + value, now.Add(life * 6 / 10), now.Add(life * 8 / 10)}, nil
 }
 
 // realm parses the address of a token service. It must be one that nobody can mistake for another,

@@ -57,7 +57,7 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, base: base, pool: p, hold: p.hold(base.Host + "\x00" + cfg.Username)}
 	c.http = &http.Client{Transport: p.transport(), CheckRedirect: checkRedirect}
-	c.auth = &authorizer{client: c}
+	c.auth = newAuthorizer(c)
 	probes := [3]func(context.Context) error{c.probeToken, c.probeManifest, c.probeBlob}
 	for class := classToken; class <= classBlob; class++ {
 		c.breakers[class] = newBreaker(breakerConfig{
@@ -103,6 +103,7 @@ func (c *Client) Credential() string {
 }
 
 func (c *Client) close() {
+	c.auth.close()
 	for _, b := range c.breakers {
 		b.close()
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http/httptrace"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -39,6 +40,7 @@ type dialer struct {
 	lookup  func(ctx context.Context, host string) ([]netip.Addr, error)        // nil is the system's resolver
 	dial    func(ctx context.Context, network, ipport string) (net.Conn, error) // nil is a net.Dialer
 	allowed func(hostport string) bool                                          // wherever it is; nil allows only what is public
+	refused atomic.Int64                                                        // by the guard
 }
 
 // DialContext connects an http.Transport to host:port. Errors are *DialError, or ctx's if that ended
@@ -47,6 +49,7 @@ func (d *dialer) DialContext(ctx context.Context, network, hostport string) (net
 	host, port, err := net.SplitHostPort(hostport)
 	literal, named := netip.ParseAddr(host)
 	if err != nil || !isPort(port) || (named != nil && !isName(host)) {
+		d.refused.Add(1)
 		return nil, &DialError{Phase: "guard", Host: hostport, Err: errors.New("not a host and port")}
 	}
 	ips := []netip.Addr{literal}
@@ -59,6 +62,7 @@ func (d *dialer) DialContext(ctx context.Context, network, hostport string) (net
 		ips = slices.DeleteFunc(slices.Clone(ips), func(ip netip.Addr) bool { return !isPublic(ip) })
 	}
 	if len(ips) == 0 {
+		d.refused.Add(1)
 		return nil, &DialError{Phase: "guard", Host: hostport, Err: errors.New("not a public address")}
 	}
 	conn, err := d.connect(ctx, network, addresses(ips, port))

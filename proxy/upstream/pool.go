@@ -99,16 +99,26 @@ type AnyRegistry bool
 // registry that is not configured.
 func (p *Pool) Clients(registry string) []*Client {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if list := p.clients[registry]; list != nil || !p.any || p.closed || len(p.clients) >= maxAnyRegistry {
+	list := p.clients[registry]
+	settled := list != nil || !p.any || p.closed || len(p.clients) >= maxAnyRegistry
+	p.mu.Unlock()
+	if settled {
 		return list
 	}
 	c, err := newClient(p, Config{Registry: registry, URL: "https://" + registry})
 	if err != nil {
 		return nil
 	}
-	p.clients[registry] = []*Client{c}
-	return p.clients[registry]
+	p.mu.Lock()
+	if p.clients[registry] == nil && p.any && !p.closed {
+		p.clients[registry], c = []*Client{c}, nil
+	}
+	list = p.clients[registry]
+	p.mu.Unlock()
+	if c != nil { // somebody else was faster
+		c.close()
+	}
+	return list
 }
 
 // All returns every client, in no order.
@@ -131,6 +141,10 @@ func (p *Pool) Close() {
 		c.close()
 	}
 }
+
+// Refused is how many connections the guard has refused so far, since nothing configured is where
+// they would have gone: an upstream tried to make us reach it.
+func (p *Pool) Refused() int64 { return p.dialer.refused.Load() }
 
 func (p *Pool) configured(hostport string) bool {
 	p.mu.Lock()
