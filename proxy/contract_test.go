@@ -181,6 +181,7 @@ func TestStoredTag(t *testing.T) {
 		{name: "newer one never comes", given: moved(suffers(gets, registrytest.Hang())), status: 200, body: old, cache: stale + "timeout", stale: true, asked: 2, took: 1500 * time.Millisecond},
 		{name: "hangs", given: hangs, status: 200, body: old, cache: stale + "timeout", stale: true, asked: 1, took: 1500 * time.Millisecond},
 		{name: "hangs for long", tags: "revalidate_timeout: 3s", given: hangs, status: 200, body: old, cache: stale + "timeout", stale: true, asked: 1, took: 3 * s},
+		{name: "hangs, no patience", tags: "revalidate_timeout: 0s", given: hangs, status: 200, body: old, cache: stale + "timeout", stale: true, asked: 1, took: time.Millisecond},
 		{name: "black hole", given: linked(registrytest.Link{BlackHole: true}), status: 200, body: old, cache: stale + "timeout", stale: true, took: 1500 * time.Millisecond},
 		{name: "F01 refuses", given: refuses, status: 200, body: old, cache: stale + "outage", stale: true},
 		{name: "resets", given: linked(registrytest.Link{ResetAfter: 1}), status: 200, body: old, cache: stale + "outage", stale: true, asked: 1},

@@ -182,6 +182,15 @@ func TestF11Throttled(t *testing.T) {
 			}
 		}
 		r.get(app+"/manifests/latest").want(r, 200).fresh(r)
+		r.quay.Forget()
+		r.quay.Fault(all, registrytest.Status(429, "Retry-After", "1"))
+		for range 20 {
+			r.get(app+"/manifests/latest").want(r, 200)
+			time.Sleep(time.Second)
+		}
+		if n := r.asked(); n != 20 {
+			r.Errorf("asked %d times, want 20: a throttled upstream is not out", n)
+		}
 	})
 }
 
@@ -261,7 +270,6 @@ func TestF19CDNOut(t *testing.T) {
 				for i := range 6 {
 					image := registrytest.NewImage(registrytest.Layer(uint64(10+i), 200<<10))
 					r.quay.Push("org/app", "latest", image)
-					r.get(app+"/manifests/latest").want(r, 200).fresh(r).is(r, image.Raw)
 					got := r.get(blobPath(image.Blobs[1]))
 					if got.took > 10*time.Second || got.StatusCode != 503 && got.err == nil {
 						r.Errorf("%d after %v", got.StatusCode, got.took)
@@ -270,6 +278,8 @@ func TestF19CDNOut(t *testing.T) {
 						r.Errorf("does not name the host: %s", got.body)
 					}
 				}
+				r.quay.Push("org/app", "latest", storedImage)
+				r.get(app+"/manifests/latest").want(r, 200).fresh(r).is(r, storedImage.Raw)
 				time.Sleep(time.Minute)
 				if manifest, blob := r.state("manifest"), r.state("blob"); manifest != "closed" || blob == "closed" {
 					r.Errorf("breakers: manifest %s, blob %s", manifest, blob)
@@ -280,6 +290,11 @@ func TestF19CDNOut(t *testing.T) {
 }
 
 func TestF23TruncatedManifest(t *testing.T) {
+	another := func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+		again := req.Clone(req.Context())
+		again.URL.Path = "/v2/org/app/manifests/" + unseenImage.Digest().String()
+		next.ServeHTTP(w, again)
+	}
 	noHead := func(r *rig) { r.quay.Fault(heads, registrytest.Status(405)) }
 	for _, tt := range []struct {
 		name  string
@@ -288,6 +303,7 @@ func TestF23TruncatedManifest(t *testing.T) {
 	}{
 		{"by digest, as if whole", registrytest.Resize(-10), nil},
 		{"by digest, cut", registrytest.Truncate(100), nil},
+		{"by digest, another one", another, nil},
 		{"by tag, as if whole", registrytest.Resize(-10), noHead},
 		{"by tag, cut", registrytest.Truncate(100), noHead},
 		{"by tag, empty", registrytest.Resize(-1 << 20), noHead},
@@ -296,6 +312,7 @@ func TestF23TruncatedManifest(t *testing.T) {
 			t.Parallel()
 			bubble(t, oneUpstream, func(r *rig) {
 				r.quay.Push("org/app", "latest", storedImage)
+				r.quay.Push("org/app", "unseen", unseenImage)
 				r.pull("latest", storedImage)
 				before, err := r.store.Tag(r.repository("org/app"), "latest")
 				if err != nil {
@@ -379,16 +396,13 @@ func TestF63Close(t *testing.T) {
 				r.get(app+"/manifests/other").want(r, 503) // no new task is begun
 			})
 			r.mirror.Close(ctx)
+			if left, err := os.ReadDir(filepath.Join(r.dir, "data", "tmp")); err != nil || len(left) > 0 || r.holds(bigLayer.Digest) != tt.whole {
+				r.Errorf("%s: left in tmp: %v, %v; stored: %v", tt.name, left, err, !tt.whole)
+			}
 			if took := time.Since(began); took != tt.took {
 				r.Errorf("%s: closed after %v, want %v", tt.name, took, tt.took)
 			}
 			clients.Wait()
-			if r.holds(bigLayer.Digest) != tt.whole {
-				r.Errorf("%s: stored: %v", tt.name, !tt.whole)
-			}
-			if left, err := os.ReadDir(filepath.Join(r.dir, "data", "tmp")); err != nil || len(left) > 0 {
-				r.Errorf("%s: left in tmp: %v, %v", tt.name, left, err)
-			}
 		})
 	}
 }
@@ -431,7 +445,7 @@ func TestF66ClientHangsUp(t *testing.T) {
 func TestF73OneBrokenTag(t *testing.T) {
 	bubble(t, oneUpstream, func(r *rig) {
 		r.quay.Push("org/app", "latest", storedImage)
-		for i := range 20 {
+		for i := range 200 {
 			r.quay.Push("org/app", fmt.Sprint("v", i), storedImage.Annotated("n", strconv.Itoa(i)))
 		}
 		broken := registrytest.Match{Path: "/broken"}
@@ -440,9 +454,9 @@ func TestF73OneBrokenTag(t *testing.T) {
 			if got := r.serve(app + "/manifests/broken"); got.StatusCode != 503 {
 				r.Fatalf("%d for the broken one", got.StatusCode)
 			}
-			if i%50 == 0 { // a miss every 30 s
-				if got := r.serve(fmt.Sprint(app, "/manifests/v", i/50)); got.StatusCode != 200 {
-					r.Errorf("%d for v%d", got.StatusCode, i/50)
+			if i >= 100 && i%5 == 0 { // after the first minute, a miss every 3 s
+				if got := r.serve(fmt.Sprint(app, "/manifests/v", i/5)); got.StatusCode != 200 {
+					r.Errorf("%d for v%d", got.StatusCode, i/5)
 				}
 			}
 			time.Sleep(600 * time.Millisecond)

@@ -96,6 +96,7 @@ func (r *rig) exchange(send, after string) answer {
 	}
 	defer conn.Close()
 	started := time.Now()
+	_ = conn.SetDeadline(started.Add(time.Minute))
 	sent := make(chan struct{})
 	go func() { // the mirror need not read all of it
 		defer close(sent)
@@ -164,7 +165,7 @@ func TestH01PathsThatClimb(t *testing.T) {
 		"/v2/..%5c..%5capp" + latest, `/v2/..\..\app` + latest, "//v2//", "/v2//", "/v2//org/app" + latest, "/v2/org//app" + latest, "/v2/org/app//manifests/latest",
 		"/v2/quay.test/../docker.io/app" + latest, "/v2/quay.test/%2e%2e/app" + latest, "/v2/../tags/list", "/v2/org/../tags/list",
 		"/v2/_blobs/sha256" + latest, "/v2/org/_tags" + latest, "/v2/_public" + latest, // the store's own folders
-		"/", "/v1/", "/v2x/", "/V2/", "/v2/latest", "/v2/org/app", "/v2/org/app/manifests", "/index.html", "/.well-known/security.txt", "/v2/org/app/blobs/uploads/",
+		"/", "/v1/", "/v2x/", "/v2xorg/app" + latest, "/v2.org/app" + latest, "/V2/", "/v2/latest", "/v2/org/app", "/v2/org/app/manifests", "/index.html", "/.well-known/security.txt", "/v2/org/app/blobs/uploads/",
 	} {
 		requests = append(requests, request{line: "GET " + path, status: 404, code: "NAME_INVALID"})
 	}
@@ -293,6 +294,13 @@ func TestH09HostsThatAreOurs(t *testing.T) {
 		for _, host := range []string{"localhost", "localhost:5000", "LOCALHOST:5000", "127.0.0.1:5000", "127.0.0.1", "[::1]:5000", "mirror.test", "mirror.test:5000", "Mirror.Test", "mirror.test:443", "quay.mirror.test:5000"} {
 			r.refuse(request{line: "GET /v2/", header: []string{"Host: " + host}, status: 200})
 		}
+		addresses, err := r.network.Lookup(r.Context(), "localhost")
+		if err != nil {
+			r.Fatal(err)
+		}
+		reached := addresses[0].String() // which need not be on loopback
+		r.refuse(request{line: "GET /v2/", header: []string{"Host: " + reached + ":5000"}, status: 200})
+		r.refuse(request{line: "GET /v2/", header: []string{"Host: " + reached + ":5001"}, status: 421, code: "DENIED"})
 		for _, name := range []string{"quay.test", "docker.io", "evil.example"} { // what a host name means is settled, whatever else is said
 			r.refuse(request{line: "GET /v2/" + name + "/.." + latest + "?ns=docker.io", header: []string{"Host: quay.mirror.test"}, status: 404, code: "NAME_INVALID"})
 		}

@@ -324,7 +324,9 @@ func TestDescriptorSizeAllocatesNothing(t *testing.T) {
 			r.get(app+"/manifests/evil").want(r, http.StatusOK)
 			r.quay.Fault(registrytest.Match{Kind: registrytest.KindBlob}, registrytest.Header("Content-Length", ""))
 			got := r.get(app + "/blobs/" + blob.Digest.String())
-			if got.StatusCode == http.StatusOK && (got.err != nil || !bytes.Equal(got.body, blob.Bytes)) || got.StatusCode >= 500 && got.code() != "UNAVAILABLE" {
+			whole := got.StatusCode == http.StatusOK && got.err == nil && bytes.Equal(got.body, blob.Bytes)
+			refused := got.StatusCode == http.StatusServiceUnavailable && got.code() == "UNAVAILABLE" && !strings.Contains(string(got.body), "panic")
+			if !whole && !refused {
 				t.Errorf("size %s: %d %v, %d bytes", size, got.StatusCode, got.err, len(got.body))
 			}
 		})
@@ -358,15 +360,6 @@ func TestH28EncodedBodies(t *testing.T) {
 			}
 		})
 	}
-}
-
-func TestH28Bombs(t *testing.T) {
-	bomb := gzipped(t, make([]byte, 64<<20))
-	bubble(t, oneUpstream, func(r *rig) {
-		r.quay.PutManifest("org/app", "latest", storedImage.MediaType, bomb)
-		r.quay.Fault(registrytest.Match{}, header("Content-Encoding", "gzip"))
-		r.unusable(app + latest)
-	})
 }
 
 func gzipped(t *testing.T, raw []byte) []byte {

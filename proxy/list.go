@@ -139,10 +139,14 @@ func nextQuery(link string) string {
 		return ""
 	}
 	u, err := url.Parse(target[1:])
-	if err != nil || len(u.RawQuery) > maxQuery {
+	if err != nil {
 		return ""
 	}
-	return u.RawQuery
+	next := u.Query().Encode() // as sent it may hold a space, which ends a request line
+	if len(next) > maxQuery {
+		return ""
+	}
+	return next
 }
 
 // serveReferrers sends the index of what refers to a manifest. Docker 29 asks for it in the middle of

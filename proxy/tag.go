@@ -57,7 +57,8 @@ func (m *Mirror) standby(t target, validatedAt time.Time) standby {
 	if validatedAt.IsZero() {
 		return standby{}
 	}
-	return standby{validatedAt, m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration}
+	patience := m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration
+	return standby{validatedAt, max(patience, 1)} // told to wait 0 s, we still ask
 }
 
 func (s standby) age() time.Duration { return max(0, time.Since(s.validatedAt)) }

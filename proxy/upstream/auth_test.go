@@ -250,6 +250,7 @@ func TestH34PublicSuffixesAreNoDomain(t *testing.T) {
 		"https://quay":                 "https://quay/../token",
 		"https://a.s3.amazonaws.com":   "https://b.s3.amazonaws.com/token",
 		"https://198.51.100.1":         "https://198.51.100.2/token",
+		"https://203.0.100.1":          "https://198.51.100.1/token",
 		"https://198.51.100.1:444":     "https://198.51.100.1/token",
 		"https://localhost":            "https://a.localhost/token",
 		"https://[2001:db8::1]":        "https://[2001:db8::2]/token",
