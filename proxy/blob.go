@@ -14,6 +14,8 @@ import (
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
+
+	"github.com/distribution/distribution/v3/registry/api/errcode"
 )
 
 const blobType = "application/octet-stream"
@@ -36,6 +38,10 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		return fmt.Errorf("open %s: %w", t.ref, err)
 	}
 	defer blob.Close()
+	if blob.Size() < 0 && !r.ProtoAtLeast(1, 1) { // an end that is no end would look the same to it
+		return &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: errcode.ErrorCodeUnsupported,
+			Message: "upstream does not tell the size of this blob, which HTTP/1.0 needs; ask by HTTP/1.1, or again once it is stored"}
+	}
 	how.mark(w)
 	setContent(w.Header(), blobType, t.ref.Digest)
 	if blob.Size() < 0 {
@@ -46,59 +52,40 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 	return nil
 }
 
-// missBlob is the blob from upstream. What is stored on somebody else's account only has to be
-// confirmed; all else is filled.
+// missBlob is the blob from upstream. What is stored, but not known to be in this repository, only has
+// to be confirmed; all else is filled. All of it has one headerBudget.
 func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
-	var err error
-	for range 3 { // what it finds may change between two looks
-		var blob *storage.Blob
-		if !m.inFlight(ref.Digest) { // a fill that has just ended has stored it
-			if blob, err = m.store.Blob(ref.Repository, ref.Digest); errors.Is(err, fs.ErrNotExist) && m.store.Stored(ref.Digest) {
-				blob, err = m.confirmBlob(ctx, ref)
-			}
-			if !errors.Is(err, fs.ErrNotExist) {
-				return blob, err
-			}
-		}
-		var src *source
-		blob, src, err = m.openFill(ctx, ref)
-		switch {
-		case errors.Is(err, errElsewhere):
-			if _, err = m.askSize(ctx, ref); err != nil {
-				return nil, err
-			}
-			src.confirmed.Store(true)
-			if m.store.Stored(ref.Digest) { // too late for its end to see that
-				m.confirm(src.client, ref)
-			}
-		case !errors.Is(err, fs.ErrNotExist):
-			return blob, err
-		}
-	}
-	return nil, err
-}
-
-// confirmBlob asks upstream whether this repository has what is stored already, and opens it.
-func (m *Mirror) confirmBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
-	if _, err := m.askSize(ctx, ref); err != nil {
+	patience, cancel := context.WithTimeout(ctx, headerBudget)
+	defer cancel()
+	f, err := m.joinFill(ref)
+	if err != nil {
 		return nil, err
 	}
-	return m.store.Blob(ref.Repository, ref.Digest)
+	select {
+	case <-f.ready:
+	case <-patience.Done():
+		return nil, context.Cause(patience)
+	}
+	ingest, err := f.outcome(ref.Repository)
+	switch {
+	case err != nil:
+		return nil, err
+	case ingest == nil:
+		return m.store.Blob(ref.Repository, ref.Digest)
+	}
+	return ingest.Open(ctx)
 }
 
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
 func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
 	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (int64, error) {
-		client, err := m.client(ref.Repository)
-		if err != nil {
-			return 0, err
-		}
-		size, err := client.StatBlob(ctx, ref)
-		if err != nil || !m.store.Stored(ref.Digest) {
+		return first(ctx, m, ref.Registry, func(ctx context.Context, client *upstream.Client) (int64, error) {
+			size, err := client.StatBlob(ctx, ref)
+			if err == nil && m.store.StoredFrom(ref.Digest, client.Upstream()) {
+				m.confirm(client, ref)
+			}
 			return size, err
-		}
-		m.confirm(client, ref)
-		return size, nil
+		})
 	}).wait(ctx, 0)
 }
 

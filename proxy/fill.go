@@ -3,13 +3,9 @@ package proxy
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
 	"slices"
 	"sync"
-	"sync/atomic"
 
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
@@ -18,35 +14,30 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-const (
-	// fillBuffer is how much a fill reads at a time.
-	fillBuffer = 256 << 10
-	// maxResumes is how often a body may break off without having brought resumeProgress in between.
-	maxResumes     = 5
-	resumeProgress = 1 << 20
-)
-
-// errElsewhere ends the wait of a request whose repository may not see what the fill brought.
-var errElsewhere = errors.New("the content came through a repository that this one has no part in")
-
-// fills are the downloads in flight, one a digest, whoever asked for it.
+// fills are the downloads in flight.
 type fills struct {
 	mu   sync.Mutex // guards open
-	open map[digest.Digest]*fill
+	open map[fillKey]*fill
+}
+
+// fillKey says who shares a fill: everybody who wants the digest, but of a private repository only
+// those who want it there. Until it is stored, nothing that another one of its registry says of the
+// digest would prove that it has the content.
+type fillKey struct {
+	dgst digest.Digest
+	repo oci.Repository // zero if public
 }
 
 // fill is one download into the store. It has a goroutine of its own, which no client's leaving
-// ends, and the sources of all who asked, which it tries one after the other.
+// ends, and the sources of all who asked.
 type fill struct {
-	dgst  digest.Digest
+	fillKey
 	ready chan struct{} // closed once the first bytes can be read, or nothing more will come
 
 	mu      sync.Mutex // guards what follows
 	sources []*source
-	next    int             // of sources: to be tried
 	ended   bool            // no source is taken on any more
 	ingest  *storage.Ingest // set when ready, unless err is
-	from    *source         // of ingest
 	err     error           // set when ready, if no source had it
 }
 
@@ -54,39 +45,43 @@ type fill struct {
 type source struct {
 	ref    oci.Reference
 	client *upstream.Client
-	public bool  // what comes from here may be seen by all
-	err    error // why it ended; guarded by the fill's mu
-	// confirmed says that upstream has it here, though the bytes come from another source.
-	confirmed atomic.Bool
+	err    error // why it is of no use; guarded by the fill's mu
 }
 
-// joinFill returns the fill of ref's digest with ref's source among its own, and begins one if there is
-// none.
-func (m *Mirror) joinFill(ref oci.Reference) (*fill, *source, error) {
-	client, err := m.client(ref.Repository)
+// joinFill returns the fill of ref's digest with ref's sources among its own, and begins one if there
+// is none.
+func (m *Mirror) joinFill(ref oci.Reference) (*fill, error) {
+	clients, err := m.upstreams(ref.Registry)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	src := &source{ref: ref, client: client, public: m.confirmation(client, ref.Repository).Public}
+	key := fillKey{dgst: ref.Digest}
+	var sources []*source
+	for _, client := range clients {
+		sources = append(sources, &source{ref: ref, client: client})
+		if !m.confirmation(client, ref.Repository).Public {
+			key.repo = ref.Repository
+		}
+	}
 	for {
 		m.fills.mu.Lock()
-		f := m.fills.open[ref.Digest]
+		f := m.fills.open[key]
 		if f == nil {
-			f = &fill{dgst: ref.Digest, ready: make(chan struct{}), sources: []*source{src}}
+			f = &fill{fillKey: key, ready: make(chan struct{}), sources: sources}
 			if !m.filling.start(func(ctx context.Context) { m.runFill(ctx, f) }) {
 				m.fills.mu.Unlock()
-				return nil, nil, errClosed
+				return nil, errClosed
 			}
 			if m.fills.open == nil {
-				m.fills.open = map[digest.Digest]*fill{}
+				m.fills.open = map[fillKey]*fill{}
 			}
-			m.fills.open[ref.Digest] = f
+			m.fills.open[key] = f
 			m.fills.mu.Unlock()
-			return f, src, nil
+			return f, nil
 		}
 		m.fills.mu.Unlock()
-		if joined := f.add(src); joined != nil {
-			return f, joined, nil
+		if f.add(sources) {
+			return f, nil
 		}
 		// It ended between the two locks: what it brought is stored, or the next one tries again.
 		<-f.ready
@@ -94,91 +89,146 @@ func (m *Mirror) joinFill(ref oci.Reference) (*fill, *source, error) {
 	}
 }
 
-// add returns the fill's source for the same repository, or src, or nil if the fill is over.
-func (f *fill) add(src *source) *source {
+// add takes on sources that the fill does not have yet. It returns false if the fill is over.
+func (f *fill) add(sources []*source) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ended && f.ingest == nil {
-		return nil
+		return false
 	}
-	for _, s := range f.sources {
-		if s.ref == src.ref && s.client == src.client {
-			return s
+	for _, src := range sources {
+		same := func(s *source) bool { return s.ref == src.ref && s.client == src.client }
+		if !slices.ContainsFunc(f.sources, same) {
+			f.sources = append(f.sources, src)
 		}
 	}
-	f.sources = append(f.sources, src)
-	return src
-}
-
-// inFlight reports whether the blob is on its way.
-func (m *Mirror) inFlight(dgst digest.Digest) bool {
-	m.fills.mu.Lock()
-	defer m.fills.mu.Unlock()
-	return m.fills.open[dgst] != nil
+	return true
 }
 
 func (m *Mirror) leaveFill(f *fill) {
 	m.fills.mu.Lock()
 	defer m.fills.mu.Unlock()
-	if m.fills.open[f.dgst] == f {
-		delete(m.fills.open, f.dgst)
+	if m.fills.open[f.fillKey] == f {
+		delete(m.fills.open, f.fillKey)
 	}
 }
 
-// runFill tries source after source until one has brought the blob.
+// runFill asks its sources until one has brought the blob.
 func (m *Mirror) runFill(ctx context.Context, f *fill) {
 	m.metrics.fills.Inc()
 	defer m.metrics.fills.Dec()
 	defer m.leaveFill(f)
 	defer f.end(errPanicked) // if nothing else has ended it, a panic has
 	for {
-		src := f.take()
-		if src == nil {
+		sources := f.take()
+		if sources == nil {
 			return
 		}
-		if blob, err := m.store.Blob(src.ref.Repository, f.dgst); err == nil { // stored since it was missed
-			blob.Close()
+		if slices.ContainsFunc(sources, func(src *source) bool { return m.isStored(ctx, src) }) {
 			f.end(nil)
 			return
 		}
-		err := m.fillFrom(ctx, f, src)
-		if err == nil {
+		body, src, err := m.openBody(ctx, sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
+			body, err := src.client.Blob(ctx, src.ref)
+			if err != nil {
+				f.fail(src, err)
+			}
+			return body, err
+		})
+		if err != nil {
+			continue // each source knows why
+		}
+		if err = m.transfer(ctx, f, src, body); err == nil {
 			return
 		}
-		level := slog.LevelWarn
-		if up := new(upstream.Error); errors.As(err, &up) && !up.Outage() {
-			level = slog.LevelDebug // there is no such blob: the client is told
-		}
-		m.logger.Log(ctx, level, "fill failed", "repository", src.ref.Repository, "digest", f.dgst, "upstream", src.client.Upstream(), "err", err)
-		f.mu.Lock()
-		src.err = err
-		begun := f.ingest != nil
-		f.mu.Unlock()
-		if begun { // its readers have bytes that no other source can take back
+		if f.fail(src, err) { // its readers have bytes that no other source can take back
 			return
 		}
 	}
 }
 
-// take returns the next source, or ends the fill if there is none: in one step, so that none is
-// added in between and forgotten.
-func (f *fill) take() *source {
+// isStored reports whether the blob is stored for the source's repository: since it was missed, or
+// because its upstream, which gave it to another repository, now confirms it in this one.
+func (m *Mirror) isStored(ctx context.Context, src *source) bool {
+	if blob, err := m.store.Blob(src.ref.Repository, src.ref.Digest); err == nil {
+		blob.Close()
+		return true
+	}
+	if !m.store.StoredFrom(src.ref.Digest, src.client.Upstream()) {
+		return false
+	}
+	if _, err := src.client.StatBlob(ctx, src.ref); err != nil {
+		return false
+	}
+	m.confirm(src.client, src.ref)
+	blob, err := m.store.Blob(src.ref.Repository, src.ref.Digest)
+	if err != nil {
+		return false
+	}
+	blob.Close()
+	return true
+}
+
+// openBody opens the blob at the first of the sources that open succeeds with.
+func (m *Mirror) openBody(ctx context.Context, sources []*source, open func(context.Context, *source) (*upstream.Body, error)) (*upstream.Body, *source, error) {
+	r := &race[*upstream.Body]{
+		tasks: m.filling,
+		n:     len(sources),
+		ask: func(ctx context.Context, i int) (*upstream.Body, error) {
+			body, err := open(ctx, sources[i])
+			if err != nil {
+				m.logSource(ctx, sources[i], err)
+			}
+			return body, err
+		},
+		drop: func(body *upstream.Body) { body.Close() },
+	}
+	body, i, err := r.run(ctx)
+	return body, sources[i], err
+}
+
+// logSource says why a source did not deliver: a warning if it is out, nothing much if it does not
+// have the blob, since the client is told.
+func (m *Mirror) logSource(ctx context.Context, src *source, err error) {
+	level := slog.LevelWarn
+	if up := new(upstream.Error); errors.As(err, &up) && !up.Outage() {
+		level = slog.LevelDebug
+	}
+	m.logger.Log(ctx, level, "blob not had", "repository", src.ref.Repository, "digest", src.ref.Digest, "upstream", src.client.Upstream(), "err", err)
+}
+
+// take returns the sources that may still have the blob, or ends the fill if there is none: in one
+// step, so that none is added in between and forgotten.
+func (f *fill) take() []*source {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.next < len(f.sources) {
-		f.next++
-		return f.sources[f.next-1]
+	var left []*source
+	var errs []error
+	for _, src := range f.sources {
+		if errs = append(errs, src.err); src.err == nil {
+			left = append(left, src)
+		}
 	}
-	f.endLocked(f.sources[0].err)
-	return nil
+	if left == nil {
+		f.endLocked(worst(errs))
+	}
+	return left
+}
+
+// fail notes that a source is of no use, and returns whether readers have been let in.
+func (f *fill) fail(src *source, err error) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	src.err = err
+	return f.ingest != nil
 }
 
 // publish lets readers in.
-func (f *fill) publish(ingest *storage.Ingest, src *source) {
+func (f *fill) publish(ingest *storage.Ingest) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ingest == nil {
-		f.ingest, f.from = ingest, src
+		f.ingest = ingest
 		close(f.ready)
 	}
 }
@@ -198,144 +248,36 @@ func (f *fill) endLocked(err error) {
 	f.ended = true
 }
 
-// fillFrom downloads from one source, and goes on from where it broke off.
-func (m *Mirror) fillFrom(ctx context.Context, f *fill, src *source) error {
-	body, err := src.client.Blob(ctx, src.ref, 0)
-	if err != nil {
-		return err
-	}
-	defer func() { body.Close() }()
-	size, err := m.sizeOf(ctx, src, body)
-	if err != nil {
-		return err
-	}
-	ingest, err := m.store.Ingest(src.ref.Repository, f.dgst, size)
-	if err != nil {
-		return err
-	}
-	defer func() { ingest.Abort(errPanicked) }() // does nothing once it has ended
-	buf := make([]byte, fillBuffer)
-	for breaks, mark := 0, int64(0); ; {
-		err = f.copy(ingest, src, body, buf)
-		if err == nil || !errors.As(err, new(*upstream.Error)) || ctx.Err() != nil || size < 0 {
-			break
-		}
-		if ingest.Written()-mark >= resumeProgress {
-			breaks, mark = 0, ingest.Written()
-		}
-		if breaks++; breaks > maxResumes {
-			break
-		}
-		next, resume := src.client.Blob(ctx, src.ref, ingest.Written())
-		if resume != nil {
-			break
-		}
-		body.Close()
-		body = next
-	}
-	if err == nil {
-		err = ingest.Verify()
-	}
-	if err != nil {
-		ingest.Abort(err)
-		if errors.Is(err, storage.ErrMismatch) {
-			src.client.Mismatch(src.ref)
-			err = src.lied(err)
-		}
-		return err
-	}
-	f.publish(ingest, src)
-	if err := ingest.Commit(m.confirmation(src.client, src.ref.Repository)); err != nil {
-		m.logger.Error("blob not stored", "digest", f.dgst, "err", err) // its readers have all of it
-		return nil
-	}
+// outcome is what a request for that repository gets: an ingest to read; neither, if the blob is
+// stored by now; or why it cannot be had there.
+func (f *fill) outcome(repo oci.Repository) (*storage.Ingest, error) {
 	f.mu.Lock()
-	others := slices.Clone(f.sources)
-	f.mu.Unlock()
-	for _, other := range others {
-		if other.confirmed.Load() {
-			m.confirm(other.client, other.ref)
-		}
-	}
-	return nil
-}
-
-// lied is the error of a source that sent other bytes than the digest names.
-func (s *source) lied(err error) error {
-	return &upstream.Error{Upstream: s.client.Upstream(), Class: "blob", Reason: "sent wrong content", Err: err}
-}
-
-// copy moves what the body has into the ingest, and lets readers in at the first byte that they may
-// have. An *upstream.Error is the body's, any other the ingest's.
-func (f *fill) copy(ingest *storage.Ingest, src *source, body *upstream.Body, buf []byte) error {
-	for {
-		n, err := body.Read(buf)
-		if n > 0 {
-			if _, err := ingest.Write(buf[:n]); err != nil {
-				return err
-			}
-			if ingest.Released() > 0 {
-				f.publish(ingest, src)
+	defer f.mu.Unlock()
+	if f.err != nil {
+		var own []error
+		for _, src := range f.sources {
+			if src.ref.Repository == repo && src.err != nil {
+				own = append(own, src.err)
 			}
 		}
-		if errors.Is(err, io.EOF) {
-			return nil
+		if own != nil {
+			return nil, worst(own)
 		}
-		if err != nil {
-			return err
-		}
+		return nil, f.err
 	}
+	return f.ingest, nil
 }
 
-// sizeOf settles how long the blob is, -1 if nobody can tell. A length that contradicts the manifest
-// is refused before a byte of it is released.
-func (m *Mirror) sizeOf(ctx context.Context, src *source, body *upstream.Body) (int64, error) {
-	size := body.Size
-	if size < 0 {
-		stat, err := src.client.StatBlob(ctx, src.ref)
-		if err == nil {
-			size = stat
-		}
-	}
-	expected, known := m.expected.size(src.ref)
-	switch {
-	case size < 0 && known:
-		return expected, nil
-	case known && size != expected:
-		return 0, src.lied(fmt.Errorf("%d bytes announced where the manifest says %d", size, expected))
-	}
-	return size, nil
-}
-
-// openFill waits until a fill of ref can be read, and opens it. fs.ErrNotExist says that it is stored
-// by now; errElsewhere, that it comes from a repository whose content is private, and that
-// upstream must confirm it for this one.
-func (m *Mirror) openFill(ctx context.Context, ref oci.Reference) (*storage.Blob, *source, error) {
-	f, src, err := m.joinFill(ref)
+// awaitFill waits until a fill of ref can be read, or has nothing to read.
+func (m *Mirror) awaitFill(ctx context.Context, ref oci.Reference) (*fill, error) {
+	f, err := m.joinFill(ref)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	started, cancel := context.WithTimeout(ctx, headerBudget)
-	defer cancel()
 	select {
 	case <-f.ready:
-	case <-started.Done():
-		return nil, src, context.Cause(started)
+		return f, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
-	f.mu.Lock()
-	ingest, from, err := f.ingest, f.from, f.err
-	if err != nil && src.err != nil {
-		err = src.err
-	}
-	f.mu.Unlock()
-	switch {
-	case ingest == nil && err == nil:
-		return nil, src, fs.ErrNotExist
-	case err != nil:
-		return nil, src, err
-	case !from.public && from.ref.Repository != ref.Repository && !src.confirmed.Load():
-		return nil, src, errElsewhere
-	}
-	blob, err := ingest.Open(ctx)
-	return blob, src, err
 }

@@ -100,6 +100,7 @@ func (r *rig) reached(lookups ...string) {
 func TestH29RedirectsInside(t *testing.T) {
 	for host, lookups := range inside {
 		t.Run(host, func(t *testing.T) {
+			t.Parallel()
 			bubble(t, oneUpstream, func(r *rig) {
 				r.metadata()
 				r.quay.Push("org/app", "latest", storedImage)
@@ -161,6 +162,7 @@ func TestH31RedirectsThatAreNone(t *testing.T) {
 		`/\evil.test/`, `\\evil.test\x`, `https:\\evil.test\x`, "https://quay.test\\@evil.test/", "https://evil.test%00.quay.test/", "https://evil.test\x01/", "https://[evil.test]/",
 	} {
 		t.Run(location, func(t *testing.T) {
+			t.Parallel()
 			bubble(t, secureUpstream, func(r *rig) {
 				evil := registrytest.New(registrytest.Config{})
 				evil.Fault(registrytest.Match{}, registrytest.Portal())
@@ -227,6 +229,7 @@ func TestH32CredentialsStayAtTheFirstOrigin(t *testing.T) {
 	for _, scheme := range []string{"Basic", "Bearer"} {
 		for name, hops := range chains {
 			t.Run(scheme+"/"+name, func(t *testing.T) {
+				t.Parallel()
 				bubble(t, withPassword(t), func(r *rig) { r.follow(scheme, hops, blob) })
 			})
 		}

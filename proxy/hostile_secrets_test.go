@@ -89,12 +89,14 @@ func TestSecretsAreNotLogged(t *testing.T) {
 				time.Sleep(5 * time.Minute)
 			}
 		}
-		r.quay.Fault(registrytest.Match{Kind: registrytest.KindToken}, func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
-			_, _ = w.Write([]byte(`{"token":"token-secret\u0001"}`))
-		})
-		time.Sleep(time.Hour)
-		ask(app + latest)
-		ask(blob)
+		for _, reply := range []string{`{"token":"token-secret\u0001"}`, `{"token":"token-secret`} {
+			r.quay.Fault(registrytest.Match{Kind: registrytest.KindToken}, func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+				_, _ = w.Write([]byte(reply))
+			})
+			time.Sleep(time.Hour)
+			ask(blob)
+			ask(app + latest)
+		}
 		mirror.Close(r.Context())
 		w := httptest.NewRecorder()
 		mirror.Admin().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))

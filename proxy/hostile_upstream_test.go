@@ -86,6 +86,7 @@ func TestH22ManifestsWithoutEnd(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			bubble(t, oneUpstream, func(r *rig) {
 				dgst := r.quay.PutManifest("org/app", "latest", storedImage.MediaType, tt.raw)
 				r.quay.Fault(manifestGets, tt.fault)
@@ -157,6 +158,7 @@ func TestH23H24HostileManifests(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			bubble(t, oneUpstream, func(r *rig) {
 				dgst := r.quay.PutManifest("org/app", "latest", tt.mediaType, []byte(tt.body))
 				r.unusable(app + latest)
@@ -210,6 +212,7 @@ func TestPinnedDigestGetsNothingElse(t *testing.T) {
 func TestH26DigestHeader(t *testing.T) {
 	for _, value := range []string{"", "garbage", "sha256:", "sha256:../../x", "md5:" + nothing[:32], "sha256:" + strings.ToUpper(unknown[7:]), unknown} {
 		t.Run(value, func(t *testing.T) {
+			t.Parallel()
 			bubble(t, oneUpstream, func(r *rig) {
 				r.quay.Push("org/app", "latest", storedImage)
 				match := registrytest.Match{}
@@ -229,6 +232,7 @@ func TestH26DigestHeader(t *testing.T) {
 		})
 	}
 	t.Run("of nothing that there is", func(t *testing.T) {
+		t.Parallel()
 		bubble(t, oneUpstream, func(r *rig) {
 			r.quay.Push("org/app", "latest", storedImage)
 			r.quay.Fault(registrytest.Match{Method: http.MethodHead}, registrytest.Header("Docker-Content-Digest", unknown))
@@ -258,6 +262,7 @@ func TestH27BlobsOfAnotherSize(t *testing.T) {
 		for name, fault := range faults {
 			for _, known := range []string{"unknown", "known"} { // by a manifest
 				t.Run(fmt.Sprintf("%s/%d/%s", name, size, known), func(t *testing.T) {
+					t.Parallel()
 					bubble(t, oneUpstream, func(r *rig) {
 						image := registrytest.NewImage(registrytest.Layer(1, size))
 						r.quay.Push("org/app", "latest", image)

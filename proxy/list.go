@@ -89,15 +89,14 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 		have.patience = min(have.patience, referrersPatience)
 	}
 	q := m.lists.join(m.asking, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
-		client, err := m.client(t.ref.Repository)
-		if err != nil {
-			return storage.Answer{}, err
-		}
-		answer, err := ask(ctx, client, t, path)
+		answer, err := first(ctx, m, t.ref.Registry, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
+			answer, err := ask(ctx, client, t, path)
+			answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
+			return answer, err
+		})
 		if err != nil {
 			return answer, err
 		}
-		answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
 		if err := m.store.PutAnswer(t.ref.Repository, path, answer); err != nil {
 			m.logger.Error("list not stored", "repository", t.ref.Repository, "reference", path, "err", err)
 		}
@@ -111,17 +110,16 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 }
 
 func (m *Mirror) askTags(ctx context.Context, client *upstream.Client, t target, path string) (storage.Answer, error) {
-	list, err := client.List(ctx, t.ref.Repository, path)
+	var tags tagList
+	list, err := client.List(ctx, t.ref.Repository, path, func(list upstream.List) error {
+		err := json.Unmarshal(list.Body, &tags)
+		if err == nil && tags.Name == "" && tags.Tags == nil {
+			err = errors.New("neither a name nor tags in it")
+		}
+		return err
+	})
 	if err != nil {
 		return storage.Answer{}, err
-	}
-	var tags tagList
-	err = json.Unmarshal(list.Body, &tags)
-	if err == nil && tags.Name == "" && tags.Tags == nil {
-		err = errors.New("neither a name nor tags in it")
-	}
-	if err != nil {
-		return storage.Answer{}, fmt.Errorf("upstream %s: tags of %s: %w", client.Upstream(), t.ref.Repository, err)
 	}
 	tags.Name = t.ref.Name // not what it is called upstream
 	if tags.Tags == nil {
@@ -154,13 +152,18 @@ func nextQuery(link string) string {
 func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	ctx, cancel := context.WithTimeout(r.Context(), m.referrersBudget(t))
 	defer cancel()
-	answer, how, err := m.list(ctx, t, "/referrers/"+t.ref.Digest.String(), m.askReferrers)
+	path := "/referrers/" + t.ref.Digest.String()
+	answer, how, err := m.list(ctx, t, path, m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
 		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil {
 			return err
 		}
-		answer = storage.Answer{Body: marshalIndex(nil), MediaType: ispec.MediaTypeImageIndex}
 		how = provenance{cache: "breakwater; fwd=uri-miss; detail=unknown", warning: "referrers are not known: " + oci.AsError(err).Message}
+		answer = storage.Answer{Body: marshalIndex(nil), MediaType: ispec.MediaTypeImageIndex}
+		if stored, unknown := m.store.Answer(t.ref.Repository, path); unknown == nil { // refused, or too old
+			answer, how.age = stored, time.Since(stored.ValidatedAt)
+			how.cache, how.warning = "breakwater; fwd=stale; detail=refused", "stale: "+oci.AsError(err).Message
+		}
 	} else if err != nil {
 		return err
 	}
@@ -190,17 +193,19 @@ func (m *Mirror) askReferrers(ctx context.Context, client *upstream.Client, t ta
 	all := []ispec.Descriptor{}
 	next := path
 	for page := 0; next != "" && page < maxPages; page++ {
-		list, err := client.List(ctx, t.ref.Repository, next)
+		var index oci.Manifest
+		list, err := client.List(ctx, t.ref.Repository, next, func(list upstream.List) (err error) {
+			if index, err = oci.ParseManifest(list.MediaType, list.Body, digest.SHA256); err == nil && !index.IsIndex() {
+				err = errors.New("not an index")
+			}
+			return err
+		})
 		if err != nil {
 			e := new(upstream.Error)
 			if page == 0 && errors.As(err, &e) && e.Status >= 400 && e.Status < 500 && !e.Outage() || page == 0 && unsupported(e) {
 				return m.askReferrersTag(ctx, client, t)
 			}
 			return storage.Answer{}, err
-		}
-		index, err := oci.ParseManifest(list.MediaType, list.Body, digest.SHA256)
-		if err != nil || !index.IsIndex() {
-			return storage.Answer{}, fmt.Errorf("upstream %s: referrers of %s are not an index: %w", client.Upstream(), t.ref, err)
 		}
 		if page == 0 && list.Link == "" {
 			return storage.Answer{Body: list.Body, MediaType: ispec.MediaTypeImageIndex}, nil

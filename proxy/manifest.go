@@ -41,11 +41,9 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
 	q := m.manifests.join(m.asking, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
-		client, err := m.client(t.ref.Repository)
-		if err != nil {
-			return oci.Manifest{}, err
-		}
-		return m.fetchManifest(ctx, client, t.ref)
+		return first(ctx, m, t.ref.Registry, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
+			return m.fetchManifest(ctx, client, t.ref)
+		})
 	})
 	manifest, err = q.wait(ctx, 0)
 	if err != nil {
@@ -54,11 +52,16 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	return manifest, provenance{cache: cacheFetched}, nil
 }
 
-// fetchManifest has upstream confirm a manifest that is stored on somebody else's account, or fetches
+// fetchManifest has upstream confirm a manifest that it gave to another of its repositories, or fetches
 // and stores it. Trouble with the disk is logged, not the client's.
 func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref oci.Reference) (oci.Manifest, error) {
-	if m.store.Stored(ref.Digest) {
-		if resolved, err := client.Resolve(ctx, ref); err == nil && resolved.Manifest == nil {
+	if m.store.StoredFrom(ref.Digest, client.Upstream()) {
+		resolved, err := client.Resolve(ctx, ref)
+		if err == nil && resolved.Manifest != nil {
+			m.keepManifest(client, ref.Repository, *resolved.Manifest)
+			return *resolved.Manifest, nil
+		}
+		if err == nil {
 			m.confirm(client, ref)
 			if manifest, err := m.store.Manifest(ref.Repository, ref.Digest); err == nil {
 				return manifest, nil

@@ -19,6 +19,7 @@ type metrics struct {
 	sent         prometheus.Counter
 	staleAnswers *prometheus.CounterVec
 	fills        prometheus.Gauge
+	resumes      prometheus.Counter
 	mirror       *Mirror
 }
 
@@ -42,12 +43,14 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Answers given from the store because upstream did not confirm them."}, []string{"registry"}),
 		fills: prometheus.NewGauge(prometheus.GaugeOpts{Name: "breakwater_fills",
 			Help: "Downloads into the store that are in flight."}),
+		resumes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_resumes_total",
+			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
 		mirror: m,
 	}
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -61,7 +62,7 @@ func New(cfg Config) (*Mirror, error) {
 		cfg.Upstreams.Logger = cfg.Logger
 	}
 	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger}
-	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered) }
+	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered, "stack", string(debug.Stack())) }
 	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
 	m.metrics = newMetrics(m)
 	if err := m.Use(cfg.Config); err != nil {
@@ -80,8 +81,14 @@ func (m *Mirror) Use(cfg *config.Config) error {
 				Registry:         registry,
 				URL:              u.URL,
 				RepositoryPrefix: u.RepositoryPrefix,
-				Username:         u.Credentials.Username,
-				PasswordFile:     u.Credentials.PasswordFile,
+				Account:          account(u.Credentials),
+				DigestsOnly:      bool(u.DigestsOnly),
+				Proxy:            u.Proxy,
+				CAFile:           u.CAFile,
+				CertFile:         u.ClientCert.CertFile,
+				KeyFile:          u.ClientCert.KeyFile,
+				RedirectHosts:    u.RedirectHosts,
+				TrustedRealms:    u.TrustedRealms,
 			})
 		}
 	}
@@ -90,6 +97,14 @@ func (m *Mirror) Use(cfg *config.Config) error {
 	}
 	m.cfg.Store(cfg)
 	return nil
+}
+
+func account(c config.Credentials) upstream.Account {
+	a := upstream.Account{Username: c.Username, PasswordFile: c.PasswordFile, DockerConfig: c.DockerConfig, Helper: c.Helper}
+	if c.ECR != nil {
+		a.ECR = c.ECR.Region
+	}
+	return a
 }
 
 // Close lets fills finish until ctx ends, then cuts them, and waits for all that runs. Requests should
@@ -104,14 +119,15 @@ func (m *Mirror) Close(ctx context.Context) {
 // ServeHTTP answers one request. Only here does an error become a response.
 func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	started := time.Now()
-	w := newResponse(rw)
+	w := newResponse(rw, r)
 	var t target
 	var err error
 	defer func() {
 		recovered := recover()
 		if recovered != nil && recovered != any(http.ErrAbortHandler) {
-			err = fmt.Errorf("panic: %v", recovered)
+			err = fmt.Errorf("panic: %v\n%s", recovered, debug.Stack())
 			if w.status == 0 {
+				w.setCache("breakwater")
 				oci.WriteError(w, err)
 				recovered = nil
 			} else {
@@ -124,7 +140,12 @@ func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		}
 	}()
 	w.Header()["Docker-Distribution-Api-Version"] = []string{"registry/2.0"}
-	if err = m.serve(w, r, &t); err != nil && !errors.Is(err, errClientGone) && w.status == 0 {
+	err = m.serve(w, r, &t)
+	switch {
+	case err == nil || w.status != 0:
+	case errors.Is(err, errClientGone):
+		w.WriteHeader(http.StatusServiceUnavailable) // half of it may be there still: not an empty 200
+	default:
 		if w.Header().Get("Cache-Status") == "" {
 			w.setCache("breakwater")
 		}
@@ -172,14 +193,34 @@ func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
 	return err
 }
 
-// client is the upstream that is asked for a registry. parse has seen to it that there is one,
-// unless the configuration has just lost it.
-func (m *Mirror) client(repo oci.Repository) (*upstream.Client, error) {
-	clients := m.pool.Clients(repo.Registry)
+// upstreams are those of a registry, in the order in which they are asked. parse has seen to it that
+// there is one, unless the configuration has just lost it.
+func (m *Mirror) upstreams(registry string) ([]*upstream.Client, error) {
+	clients := m.pool.Clients(registry)
 	if len(clients) == 0 {
-		return nil, fmt.Errorf("registry %s has no upstream", repo.Registry)
+		return nil, fmt.Errorf("registry %s has no upstream", registry)
 	}
-	return clients[0], nil
+	return clients, nil
+}
+
+// askAll is a race of a registry's upstreams for what is had in one piece. Each has headerBudget.
+func askAll[T any](m *Mirror, clients []*upstream.Client, ask func(context.Context, *upstream.Client) (T, error)) *race[T] {
+	return &race[T]{tasks: m.asking, n: len(clients), ask: func(ctx context.Context, i int) (T, error) {
+		ctx, cancel := context.WithTimeout(ctx, headerBudget)
+		defer cancel()
+		return ask(ctx, clients[i])
+	}}
+}
+
+// first is the answer of the first upstream of the registry that has one.
+func first[T any](ctx context.Context, m *Mirror, registry string, ask func(context.Context, *upstream.Client) (T, error)) (T, error) {
+	clients, err := m.upstreams(registry)
+	if err != nil {
+		var none T
+		return none, err
+	}
+	answer, _, err := askAll(m, clients, ask).run(ctx)
+	return answer, err
 }
 
 // confirmation records that this upstream let us have something of that repository, and on whose

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"syscall"
 	"time"
 
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
+	"breakwater/storage"
 
 	"github.com/distribution/distribution/v3/registry/api/errcode"
 )
@@ -52,7 +54,11 @@ func (t target) answerFor(ctx context.Context, err error) error {
 	}
 	up := new(upstream.Error)
 	said := errors.As(err, &up)
+	waited := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, errImpatient) || errors.Is(err, errClosed) ||
+		errors.Is(err, storage.ErrMismatch)
 	switch {
+	case !said && !waited:
+		return t.ours(err)
 	case said && up.Kind == upstream.NotFound:
 		return oci.NewError(unknown, "%s: not found at upstream %s", t.ref, up.Upstream)
 	case said && up.Kind == upstream.Denied && t.kind == kindBlob:
@@ -63,6 +69,24 @@ func (t target) answerFor(ctx context.Context, err error) error {
 	e := t.unavailable(err)
 	if t.kind == kindBlob && t.bare {
 		e.Status, e.Code = http.StatusNotFound, unknown
+	}
+	return e
+}
+
+// ours is the answer where the trouble is the mirror's own: clients go elsewhere, and its log says
+// more.
+func (t target) ours(err error) error {
+	e := oci.AsError(err)
+	switch {
+	case errors.Is(err, storage.ErrTooLarge):
+		e = &oci.Error{Status: http.StatusServiceUnavailable, Code: errcode.ErrorCodeUnavailable, Message: t.ref.String() + " is larger than this mirror's capacity allows"}
+	case errors.Is(err, syscall.ENOSPC):
+		e = &oci.Error{Status: http.StatusServiceUnavailable, Code: errcode.ErrorCodeUnavailable, Message: "this mirror's disk is full"}
+	case !t.bare || t.kind != kindBlob:
+		return err
+	}
+	if t.bare && t.kind == kindBlob {
+		e.Status, e.Code = http.StatusNotFound, errcode.ErrorCodeBlobUnknown
 	}
 	return e
 }
@@ -81,7 +105,9 @@ func (t target) unavailable(err error) *oci.Error {
 		if up.RetryAfter > 0 {
 			e.RetryAfter = up.RetryAfter
 		}
-	} else if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+	} else if errors.Is(err, storage.ErrMismatch) {
+		detail.Reason = "upstream sent wrong content"
+	} else if errors.Is(err, errClosed) {
 		detail.Reason = err.Error()
 	}
 	e.Detail = detail

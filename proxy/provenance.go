@@ -63,8 +63,12 @@ func (w *response) setCache(status string) {
 	w.Header()["Cache-Status"] = []string{status}
 }
 
-// quotable keeps what an upstream said inside a quoted string and on one line.
+// maxWarning is well below the 4096 bytes of a Warning that clients show.
+const maxWarning = 1024
+
+// quotable keeps what an upstream said inside a quoted string, on one line, and short.
 func quotable(s string) string {
+	s = s[:min(len(s), maxWarning)]
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r > '~' || r == '"' || r == '\\' {
 			return '\''

@@ -2,11 +2,9 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"net/http/httptrace"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -29,7 +27,7 @@ type questions[T any] struct {
 // question is asked on a goroutine of its own and goes on when those who wait for it leave.
 type question[T any] struct {
 	started  time.Time
-	progress atomic.Int64 // when upstream last completed a phase, in Unix nanoseconds
+	progress progress
 	done     chan struct{}
 	answer   T
 	err      error
@@ -43,7 +41,7 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 		return q
 	}
 	q := &question[T]{started: time.Now(), done: make(chan struct{}), err: errPanicked}
-	q.progress.Store(q.started.UnixNano())
+	q.progress.note()
 	begun := tasks.start(func(ctx context.Context) {
 		defer func() { // also when ask panics: nobody may wait for ever
 			qs.mu.Lock()
@@ -53,7 +51,7 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 		}()
 		ctx, cancel := context.WithTimeout(ctx, headerBudget)
 		defer cancel()
-		q.answer, q.err = ask(httptrace.WithClientTrace(ctx, q.trace()))
+		q.answer, q.err = ask(httptrace.WithClientTrace(ctx, q.progress.trace()))
 	})
 	if !begun {
 		q.err = errClosed
@@ -65,24 +63,6 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 	}
 	qs.open[key] = q
 	return q
-}
-
-// trace notes each phase that upstream completes, for token and content alike.
-func (q *question[T]) trace() *httptrace.ClientTrace {
-	note := func() { q.progress.Store(time.Now().UnixNano()) }
-	return &httptrace.ClientTrace{
-		DNSDone:              func(i httptrace.DNSDoneInfo) { noteIf(note, i.Err) },
-		ConnectDone:          func(_, _ string, err error) { noteIf(note, err) },
-		TLSHandshakeDone:     func(_ tls.ConnectionState, err error) { noteIf(note, err) },
-		GotConn:              func(httptrace.GotConnInfo) { note() },
-		GotFirstResponseByte: note,
-	}
-}
-
-func noteIf(note func(), err error) {
-	if err == nil {
-		note()
-	}
 }
 
 // wait returns the answer, within headerBudget. With patience it gives up sooner, with errImpatient,
@@ -115,7 +95,5 @@ func (q *question[T]) wait(ctx context.Context, patience time.Duration) (T, erro
 
 // left is how much longer there is patience.
 func (q *question[T]) left(patience time.Duration) time.Duration {
-	idle := time.Unix(0, q.progress.Load()).Add(patience)
-	all := q.started.Add(max(patienceInAll, patience))
-	return min(time.Until(idle), time.Until(all))
+	return min(patience-q.progress.idle(), max(patienceInAll, patience)-time.Since(q.started))
 }

@@ -38,13 +38,14 @@ type response struct {
 	control *http.ResponseController
 	status  int
 	sent    int64 // bytes of body
+	plain   bool  // the connection is the kernel's: no TLS
 	silent  bool  // the body that ServeContent writes is not the one to send
 	cache   string
 	broken  error // why the body ended short
 }
 
-func newResponse(w http.ResponseWriter) *response {
-	return &response{ResponseWriter: w, control: http.NewResponseController(w)}
+func newResponse(w http.ResponseWriter, r *http.Request) *response {
+	return &response{ResponseWriter: w, control: http.NewResponseController(w), plain: r.TLS == nil}
 }
 
 // Unwrap is for http.ResponseController.
@@ -55,29 +56,23 @@ func (w *response) WriteHeader(status int) {
 		return
 	}
 	w.status = status
-	if status == http.StatusRequestedRangeNotSatisfiable {
-		contentRange := w.Header().Get("Content-Range")
-		e := oci.NewError(errcode.ErrorCodeRangeInvalid, "the range is outside the blob (%s)", contentRange)
-		w.status = 0
-		oci.WriteError(w.withRange(contentRange), e)
-		w.silent = true
+	switch {
+	case w.silent:
+	case status == http.StatusRequestedRangeNotSatisfiable:
+		w.replace(oci.NewError(errcode.ErrorCodeRangeInvalid, "the range is malformed or outside the content %s", w.Header().Get("Content-Range")))
+		return
+	case status == http.StatusPreconditionFailed:
+		w.replace(&oci.Error{Status: status, Code: errcode.ErrorCodeUnsupported, Message: "the request's precondition does not hold"})
 		return
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// rangeWriter keeps the Content-Range of a 416, which tells the size of the blob (RFC 9110, 15.5.17).
-type rangeWriter struct {
-	*response
-	contentRange string
-}
-
-func (w *response) withRange(contentRange string) rangeWriter { return rangeWriter{w, contentRange} }
-
-func (w rangeWriter) WriteHeader(status int) {
-	w.Header().Set("Content-Range", w.contentRange)
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
+// replace sends e in the place of ServeContent's own words.
+func (w *response) replace(e *oci.Error) {
+	w.status, w.silent = 0, true
+	oci.WriteError(struct{ http.ResponseWriter }{w.ResponseWriter}, e)
+	w.status = e.Status
 }
 
 func (w *response) Write(p []byte) (int, error) {
@@ -120,11 +115,12 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	}
 	body, ok := inner.(window)
 	if !ok {
-		return io.Copy(writerOnly{w}, src)
+		_ = w.control.Flush() // before it waits: the header is the client's
+		return io.Copy(patient{w}, src)
 	}
 	var total int64
 	for total < left {
-		_ = w.control.Flush() // before it waits: the header, and what has come, are the client's
+		_ = w.control.Flush() // and so is what has come
 		file, n, err := body.Await(min(sendChunk, left-total))
 		if errors.Is(err, io.EOF) && left == math.MaxInt64 {
 			return total, nil // of unknown size: that was all
@@ -143,8 +139,12 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	return total, nil
 }
 
-// send hands n bytes of file to the connection. A deadline that passes while bytes go out is moved.
+// send hands n bytes of file to the connection. A deadline that passes while bytes go out is moved;
+// through TLS that would be too late, so that it is moved with every small piece.
 func (w *response) send(file *os.File, n int64) (sent int64, err error) {
+	if !w.plain {
+		return io.Copy(patient{w}, io.LimitReader(file, n))
+	}
 	for sent < n {
 		_ = w.control.SetWriteDeadline(time.Now().Add(sendTimeout)) // in-memory connections have none
 		m, err := io.Copy(w.ResponseWriter, io.LimitReader(file, n-sent))
@@ -160,5 +160,15 @@ func (w *response) send(file *os.File, n int64) (sent int64, err error) {
 	return sent, nil
 }
 
-// writerOnly hides ReadFrom, so that io.Copy does not come back to it.
-type writerOnly struct{ io.Writer }
+// patient moves the deadline with each Write, and hides ReadFrom, so that io.Copy does not come back
+// to it.
+type patient struct{ w *response }
+
+func (p patient) Write(b []byte) (int, error) {
+	_ = p.w.control.SetWriteDeadline(time.Now().Add(sendTimeout))
+	n, err := p.w.Write(b)
+	if err == nil {
+		_ = p.w.control.Flush()
+	}
+	return n, err
+}

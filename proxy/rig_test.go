@@ -95,7 +95,7 @@ func (r *rig) start(yaml string) {
 	if r.store, err = storage.Open(storage.Config{Dir: filepath.Join(r.dir, "data"), Capacity: capacity}); err != nil {
 		r.Fatal(err)
 	}
-	var logged io.Writer = io.Discard
+	logged := io.Discard
 	if testing.Verbose() {
 		logged = r.Output()
 	}
@@ -127,6 +127,25 @@ func (r *rig) stop() {
 	r.mirror.Close(ctx)
 	if err := r.store.Close(); err != nil {
 		r.Error(err)
+	}
+	r.scan()
+}
+
+// scan fails the test if the store holds what is not its name's content, or what was left half-done.
+func (r *rig) scan() {
+	r.Helper()
+	stored, err := filepath.Glob(filepath.Join(r.dir, "data", "blobs", "*", "*"))
+	if err != nil {
+		r.Fatal(err)
+	}
+	for _, name := range stored {
+		raw, err := os.ReadFile(name)
+		if want := digest.NewDigestFromEncoded(digest.Algorithm(filepath.Base(filepath.Dir(name))), filepath.Base(name)); err != nil || want.Algorithm().FromBytes(raw) != want {
+			r.Errorf("stored %s holds %d other bytes: %v", want, len(raw), err)
+		}
+	}
+	if left, err := os.ReadDir(filepath.Join(r.dir, "data", "tmp")); err != nil || len(left) > 0 {
+		r.Errorf("left in tmp: %v, %v", left, err)
 	}
 }
 
@@ -274,4 +293,11 @@ func (a answer) fresh(r *rig) answer {
 		r.Errorf("%s: Warning %q on an answer that should be fresh", a.Request.URL, w)
 	}
 	return a
+}
+
+// inFlight reports whether a public blob is on its way.
+func (m *Mirror) inFlight(dgst digest.Digest) bool {
+	m.fills.mu.Lock()
+	defer m.fills.mu.Unlock()
+	return m.fills.open[fillKey{dgst: dgst}] != nil
 }

@@ -16,7 +16,9 @@ import (
 // resolution is upstream's word on a tag, with the manifest that it names.
 type resolution struct {
 	manifest oci.Manifest
-	fetched  bool // the manifest was not stored before
+	at       time.Time // when upstream said so
+	fetched  bool      // the manifest was not stored before
+	durable  bool      // it is stored now
 }
 
 // manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
@@ -49,7 +51,7 @@ func (m *Mirror) fresh(t target, validatedAt time.Time) bool {
 // standby is a stored answer that can be given if upstream does not give its own.
 type standby struct {
 	validatedAt time.Time
-	patience    time.Duration // how long upstream may make no progress; 0: there is no stored answer
+	patience    time.Duration // how long upstream may make no progress
 }
 
 // standby is what is stored of t, last confirmed then: zero is never.
@@ -57,8 +59,7 @@ func (m *Mirror) standby(t target, validatedAt time.Time) standby {
 	if validatedAt.IsZero() {
 		return standby{}
 	}
-	patience := m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration
-	return standby{validatedAt, max(patience, 1)} // told to wait 0 s, we still ask
+	return standby{validatedAt, max(m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration, 1)} // 0 s: asked, not waited for
 }
 
 func (s standby) age() time.Duration { return max(0, time.Since(s.validatedAt)) }
@@ -67,7 +68,7 @@ func (s standby) age() time.Duration { return max(0, time.Since(s.validatedAt)) 
 // answer, or errUseStored with how to mark the stored one, or the error to answer with.
 func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q *question[T]) (T, provenance, error) {
 	rules := m.cfg.Load().TagsFor(t.ref.Repository)
-	stored, patience := have.patience > 0, have.patience
+	stored, patience := !have.validatedAt.IsZero(), have.patience
 	tooOld := stored && have.age() >= rules.MaxStale.Duration
 	if tooOld {
 		patience = 0 // it cannot be given
@@ -88,11 +89,11 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q
 		outage = up.Outage()
 		denied := up.Kind == upstream.Denied && rules.OnDenied == config.Refuse
 		gone := up.Kind == upstream.NotFound && rules.OnNotFound == config.Refuse
-		if denied || gone {
+		if denied || gone || (tooOld && !outage) {
 			return answer, provenance{}, refusal
 		}
 	}
-	if tooOld && outage {
+	if tooOld {
 		return answer, provenance{}, t.tooStale(err, have.age())
 	}
 	m.metrics.staleAnswers.WithLabelValues(t.ref.Registry).Inc()
@@ -123,51 +124,73 @@ func (t target) tooStale(err error, age time.Duration) error {
 	return e
 }
 
-// askTag asks upstream what a tag names and makes that the record. The manifest is stored before the
-// record names it. What was fetched is answered even if the disk would not have it.
+// askTag asks the upstreams what a tag names, and makes that the record. The manifest is stored before
+// the record names it. What was fetched is answered even if the disk would not have it.
 func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, error) {
-	client, err := m.client(ref.Repository)
+	clients, err := m.upstreams(ref.Registry)
 	if err != nil {
 		return resolution{}, err
 	}
+	r := askAll(m, clients, func(ctx context.Context, client *upstream.Client) (resolution, error) {
+		return m.resolveAt(ctx, client, ref)
+	})
+	answer, i, err := r.run(ctx)
+	if err != nil {
+		return answer, err
+	}
+	if !r.refusedBefore(i) && m.turnsBack(ref, answer) {
+		return answer, &upstream.Error{Upstream: clients[0].Upstream(), Class: "manifest",
+			Reason: "does not answer, and upstream " + clients[i].Upstream() + " names another digest"}
+	}
+	if answer.durable {
+		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: answer.at, Upstream: clients[i].Upstream()})
+	}
+	return answer, nil
+}
+
+// turnsBack reports whether an answer may be that of a lagging copy: it is another than the stored
+// one, which is not too old to be preferred while those who come first are out.
+func (m *Mirror) turnsBack(ref oci.Reference, answer resolution) bool {
+	stored, validatedAt := m.storedTag(ref)
+	return !validatedAt.IsZero() && stored.Digest != answer.manifest.Digest &&
+		time.Since(validatedAt) < m.cfg.Load().TagsFor(ref.Repository).MaxStale.Duration
+}
+
+// resolveAt asks one upstream what a tag names, and has its manifest stored.
+func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci.Reference) (resolution, error) {
 	resolved, err := client.Resolve(ctx, ref)
 	if err != nil {
 		return resolution{}, err
 	}
-	now := time.Now()
-	answer, durable := resolution{}, true
-	switch {
-	case resolved.Manifest != nil:
-		answer = resolution{*resolved.Manifest, true}
-		durable = m.keepManifest(client, ref.Repository, answer.manifest)
-	default:
-		named := oci.Reference{Repository: ref.Repository, Digest: resolved.Digest}
-		if answer.manifest, err = m.confirmed(client, named); err == nil {
-			break
-		}
-		if answer.manifest, err = client.Manifest(ctx, named); err != nil {
-			if e := new(upstream.Error); errors.As(err, &e) && e.Kind == upstream.NotFound {
-				// It has just named the manifest: that it lacks it is trouble, not a word on the tag.
-				broken := *e
-				broken.Kind, broken.Reason = upstream.Unavailable, "lacks the manifest that it names"
-				err = &broken
-			}
-			return resolution{}, err
-		}
-		answer.fetched = true
-		durable = m.keepManifest(client, ref.Repository, answer.manifest)
+	answer := resolution{at: time.Now(), durable: true}
+	if resolved.Manifest != nil {
+		answer.manifest, answer.fetched = *resolved.Manifest, true
+		answer.durable = m.keepManifest(client, ref.Repository, answer.manifest)
+		return answer, nil
 	}
-	if durable {
-		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: now, Upstream: client.Upstream()})
+	named := oci.Reference{Repository: ref.Repository, Digest: resolved.Digest}
+	if answer.manifest, err = m.confirmed(client, named); err == nil {
+		return answer, nil
 	}
+	if answer.manifest, err = client.Manifest(ctx, named); err != nil {
+		if e := new(upstream.Error); errors.As(err, &e) && e.Kind == upstream.NotFound {
+			// It has just named the manifest: that it lacks it is trouble, not a word on the tag.
+			broken := *e
+			broken.Kind, broken.Reason = upstream.Unavailable, "lacks the manifest that it names"
+			err = &broken
+		}
+		return resolution{}, err
+	}
+	answer.fetched = true
+	answer.durable = m.keepManifest(client, ref.Repository, answer.manifest)
 	return answer, nil
 }
 
 // confirmed is the stored manifest that upstream has just named for this repository.
 func (m *Mirror) confirmed(client *upstream.Client, named oci.Reference) (oci.Manifest, error) {
 	manifest, err := m.store.Manifest(named.Repository, named.Digest)
-	if err == nil || !m.store.Stored(named.Digest) {
-		return manifest, err
+	if err == nil {
+		return manifest, nil
 	}
 	if err := m.store.Confirm(named.Repository, named.Digest, m.confirmation(client, named.Repository)); err != nil {
 		return manifest, err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -15,8 +16,10 @@ import (
 const (
 	// maxAnswer bounds a stored answer's body; the record is a third longer.
 	maxAnswer = 4 << 20
-	// maxAnswers is how many are kept of one repository.
-	maxAnswers = 64
+	// maxAnswers is how many of one kind are kept of one repository: clients vary a list's query at will,
+	// of referrers there is one answer a manifest.
+	maxAnswers   = 64
+	maxReferrers = 4096
 )
 
 // Answer is an upstream's answer that is neither a manifest nor a blob: a list of tags or referrers.
@@ -35,13 +38,19 @@ func (a *Answer) check() error {
 	return nil
 }
 
-func answersFolder(repo oci.Repository) string {
-	return path.Join(repo.Registry, repo.Name, "_answers")
+// answersFolder is where the answers of a kind are, the first part of the key: tags or referrers.
+func answersFolder(repo oci.Repository, key string) (folder string, most int) {
+	kind, _, _ := strings.Cut(strings.TrimPrefix(key, "/"), "/")
+	if kind == "referrers" {
+		return path.Join(repo.Registry, repo.Name, "_referrers"), maxReferrers
+	}
+	return path.Join(repo.Registry, repo.Name, "_answers"), maxAnswers
 }
 
 func answerRecord(repo oci.Repository, key string) string {
 	sum := sha256.Sum256([]byte(key))
-	return path.Join(answersFolder(repo), hex.EncodeToString(sum[:]))
+	folder, _ := answersFolder(repo, key)
+	return path.Join(folder, hex.EncodeToString(sum[:]))
 }
 
 // Answer returns the answer stored under key, or fs.ErrNotExist.
@@ -53,7 +62,7 @@ func (d *Disk) Answer(repo oci.Repository, key string) (Answer, error) {
 	return a, nil
 }
 
-// PutAnswer stores an answer under key, and forgets the repository's oldest above 64. It refuses a
+// PutAnswer stores an answer under key, and forgets the repository's oldest above 64, or 4096 of referrers. It refuses a
 // body over 4 MiB with ErrTooLarge.
 func (d *Disk) PutAnswer(repo oci.Repository, key string, a Answer) error {
 	if err := d.putAnswer(repo, key, a); err != nil {
@@ -66,7 +75,8 @@ func (d *Disk) putAnswer(repo oci.Repository, key string, a Answer) error {
 	if err := a.check(); err != nil {
 		return fmt.Errorf("%w: %w", ErrTooLarge, err)
 	}
-	mu := d.writers.of(answersFolder(repo)) // one at a time, so that they are counted right
+	folder, most := answersFolder(repo, key)
+	mu := d.writers.of(folder) // one at a time, so that they are counted right
 	mu.Lock()
 	defer mu.Unlock()
 	a.ValidatedAt = a.ValidatedAt.UTC().Round(0)
@@ -76,7 +86,7 @@ func (d *Disk) putAnswer(repo oci.Repository, key string, a Answer) error {
 	for {
 		oldest, count := "", 0
 		var at time.Time
-		err := eachEntry(d.records.Root, answersFolder(repo), func(e fs.DirEntry) error {
+		err := eachEntry(d.records.Root, folder, func(e fs.DirEntry) error {
 			info, err := e.Info()
 			if err != nil {
 				return err
@@ -86,10 +96,10 @@ func (d *Disk) putAnswer(repo oci.Repository, key string, a Answer) error {
 			}
 			return nil
 		})
-		if err != nil || count <= maxAnswers {
+		if err != nil || count <= most {
 			return err
 		}
-		if err := d.records.Remove(path.Join(answersFolder(repo), oldest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := d.records.Remove(path.Join(folder, oldest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

@@ -49,12 +49,6 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	return &Blob{file: file, size: info.Size()}, nil
 }
 
-// Stored reports whether the content is in the store, whoever reaches it.
-func (d *Disk) Stored(dgst digest.Digest) bool {
-	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
-	return err == nil && info.Mode().IsRegular()
-}
-
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {

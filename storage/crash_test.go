@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -26,7 +28,7 @@ import (
 const crashDir = "BREAKWATER_TEST_CRASH_DIR"
 
 // writeUntilKilled prints a line, "blob DIGEST" or "tag NAME DIGEST", for whatever it was told is
-// stored.
+// stored, and "parked SEED BYTES" for what was parked of seeded content.
 func writeUntilKilled(dir string) {
 	d, err := Open(Config{Dir: dir, Capacity: 1 << 30})
 	if err != nil {
@@ -69,22 +71,62 @@ func writeUntilKilled(dir string) {
 			}
 		})
 	}
+	workers.Go(func() {
+		for range 3 {
+			seed, n := rand.Uint64(), worthParking+rand.IntN(worthParking)
+			raw := seeded(seed)
+			in, err := d.Ingest(app, digest.FromBytes(raw), int64(len(raw)))
+			if err == nil {
+				_, err = in.Write(raw[:n])
+			}
+			if err != nil {
+				panic(err)
+			}
+			in.Park(io.ErrUnexpectedEOF)
+			say("parked", seed, n)
+		}
+	})
 	workers.Wait()
+}
+
+// seeded is content that another process can make again.
+func seeded(seed uint64) []byte {
+	raw := make([]byte, 2*worthParking)
+	for n := 0; n < len(raw); n += 8 {
+		seed = seed*6364136223846793005 + 1442695040888963407
+		binary.LittleEndian.PutUint64(raw[n:], seed)
+	}
+	return raw
 }
 
 func TestF45KilledInTheMiddle(t *testing.T) {
 	dir := t.TempDir()
-	blobs, tags := map[digest.Digest]bool{}, map[string][]digest.Digest{}
+	blobs, tags, resumed := map[digest.Digest]bool{}, map[string][]digest.Digest{}, 0
 	for range 20 {
+		parked := map[string]string{}
 		writeAndKill(t, dir, 20+rand.IntN(60), func(words []string) {
 			switch words[0] {
 			case "blob":
 				blobs[digest.Digest(words[1])] = true
 			case "tag":
 				tags[words[1]] = append(tags[words[1]], digest.Digest(words[2]))
+			case "parked":
+				parked[words[1]] = words[2]
 			}
 		})
 		d := open(t, dir)
+		for word, written := range parked {
+			seed, err := strconv.ParseUint(word, 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			from, err := strconv.Atoi(written)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantResumed(t, d, seeded(seed), from)
+			resumed++
+		}
 		for dgst := range blobs {
 			b, err := d.Blob(app, dgst)
 			if err != nil {
@@ -123,8 +165,8 @@ func TestF45KilledInTheMiddle(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(blobs) < 100 {
-		t.Errorf("only %d blobs were stored", len(blobs))
+	if len(blobs) < 100 || resumed < 10 {
+		t.Errorf("only %d blobs were stored, %d resumed", len(blobs), resumed)
 	}
 }
 

@@ -15,6 +15,8 @@
 //	    _tags/<tag>                  what a tag named when it was last confirmed
 //	    _answers/<sha256 of key>     stored answers that are neither manifests nor blobs
 //	tmp/                             what is being written; swept at start
+//	    parked-<algorithm>-<hex>-<size>-<hash of repository>
+//	                                 what has broken off, kept for an hour after its time
 //	quarantine/                      what must not be served; for people to look at
 //	LOCK                             flock, and the id of the process that holds it
 //	VERSION                          of this layout
@@ -81,6 +83,10 @@ type Disk struct {
 	writers   stripes
 	folders   sync.Mutex // held while folders are made, until they are durable
 
+	parking  sync.Mutex                         // held while parked files get or lose their names; guards parked
+	parked   map[string]*parkedHash             // by name in tmp/; those not hashed yet are missing
+	allocate func(f *os.File, size int64) error // reserves space; a field so that tests can let it fail
+
 	stop context.CancelFunc
 	work sync.WaitGroup // all that Open has started
 }
@@ -95,6 +101,8 @@ func Open(cfg Config) (*Disk, error) {
 		session:  rand.Text()[:8],
 		sync:     (*os.File).Sync,
 		writers:  stripes{seed: maphash.MakeSeed()},
+		parked:   map[string]*parkedHash{},
+		allocate: allocate,
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -107,7 +115,10 @@ func Open(cfg Config) (*Disk, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	d.stop = stop
-	d.work.Go(func() { d.sweep(ctx) })
+	d.work.Go(func() {
+		d.sweep(ctx)
+		d.rehash(ctx)
+	})
 	d.work.Go(func() { d.flushLoop(ctx) })
 	return d, nil
 }
@@ -240,10 +251,10 @@ func (d *Disk) checkVersion() error {
 	return nil
 }
 
-// sweep removes what an earlier process left half-written.
+// sweep removes what an earlier process left half-written, except what it has parked.
 func (d *Disk) sweep(ctx context.Context) {
 	err := eachEntry(d.tmp.Root, ".", func(e fs.DirEntry) error {
-		if strings.HasPrefix(e.Name(), d.session) {
+		if strings.HasPrefix(e.Name(), d.session) || strings.HasPrefix(e.Name(), parkedPrefix) {
 			return ctx.Err()
 		}
 		if err := d.tmp.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -254,6 +265,7 @@ func (d *Disk) sweep(ctx context.Context) {
 	if err != nil && ctx.Err() == nil {
 		d.log.Warn("cannot sweep temporary files", "err", err)
 	}
+	d.dropExpired()
 }
 
 // flushLoop writes behind what need not be durable at once.
@@ -272,6 +284,7 @@ func (d *Disk) flushLoop(ctx context.Context) {
 			}
 			if now.Sub(pulls) >= time.Minute {
 				d.flushPulls()
+				d.dropExpired()
 				pulls = now
 			}
 			d.exportIfDue(now)

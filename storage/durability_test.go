@@ -47,7 +47,7 @@ func TestF48FailedSyncIsNotRepeated(t *testing.T) {
 				t.Errorf("sync %d: %s was synced %d times", fails, name, count)
 			}
 		}
-		if fails <= 2 && d.Stored(dgst) {
+		if fails <= 2 && d.holds(dgst) {
 			t.Errorf("sync %d: stored", fails)
 		}
 		wantEmpty(t, d, "tmp")
@@ -66,7 +66,7 @@ func TestF46OrderOfSyncs(t *testing.T) {
 	d.sync = func(f *os.File) error {
 		public, _ := fs.Glob(d.root.FS(), "records/_public/*")
 		name, err := filepath.Rel(dir, f.Name())
-		steps = append(steps, fmt.Sprint(filepath.Dir(name), " ", filepath.Base(name) == in.name, d.Stored(dgst), len(public)))
+		steps = append(steps, fmt.Sprint(filepath.Dir(name), " ", filepath.Base(name) == in.name, d.holds(dgst), len(public)))
 		return errors.Join(err, f.Sync())
 	}
 	if err := commit(in, anonymous); err != nil {

@@ -101,6 +101,10 @@ func (d *Disk) create() (*os.File, string, error) {
 
 // put writes a file so that after a crash there is all of it or what was there before.
 func (d *Disk) put(name string, raw []byte) error {
+	return d.withRoom(func() error { return d.tryPut(name, raw) })
+}
+
+func (d *Disk) tryPut(name string, raw []byte) error {
 	file, temporary, err := d.create()
 	if err != nil {
 		return err

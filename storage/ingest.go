@@ -35,7 +35,7 @@ var (
 
 // Ingest is content on its way into the store. One goroutine writes it; any number read what is
 // released, behind the writer or long after. Nothing of it is stored before Commit has returned nil,
-// and the writer ends every Ingest by Verify and Commit, or by Abort.
+// and the writer ends every Ingest by Verify and Commit, or by Park or Abort.
 //
 // Where the bytes come from is the writer's business: after a source has broken off, it goes on at
 // Written with another one. What can be read is a prefix, which is also all that is hashed. (Later a
@@ -49,8 +49,10 @@ type Ingest struct {
 	file     *os.File
 	name     string    // of the file, in tmp/
 	hash     hash.Hash // of what is written
-	written  int64     // this and the next two only for the writer
+	hashed   int64     // bytes; this and the next four only for the writer
+	written  int64     // as many as hashed, unless it was parked
 	reserved int64     // bytes of disk space
+	broken   bool      // the disk has failed
 	ended    bool
 
 	mu       sync.Mutex // guards what follows
@@ -62,17 +64,22 @@ type Ingest struct {
 }
 
 // Ingest begins to take in content, fetched for this repository, of that size, or of an unknown one
-// if size is -1. Its space is reserved before it returns: an error that is syscall.ENOSPC says that
-// there is none, ErrTooLarge that it is over what the store may hold.
+// if size is -1. What this repository has parked of the same digest and size is gone on with by the
+// first who comes: Written is more than 0 then, and some of it released, so an upstream must have said
+// by now that it may be read. Space is reserved before Ingest returns, and what is parked gives way to
+// it: an error that is syscall.ENOSPC says that there is none, ErrTooLarge that it is over what the
+// store may hold.
 func (d *Disk) Ingest(repo oci.Repository, dgst digest.Digest, size int64) (*Ingest, error) {
 	if size > d.capacity {
 		return nil, fmt.Errorf("ingest %s: %d bytes, capacity %d: %w", dgst, size, d.capacity, ErrTooLarge)
 	}
-	file, name, err := d.create()
-	if err != nil {
-		return nil, fmt.Errorf("ingest %s: %w", dgst, err)
+	i := &Ingest{disk: d, repo: repo, dgst: dgst, hash: dgst.Algorithm().Hash(), size: max(size, -1)}
+	if !i.takeUp() {
+		var err error
+		if i.file, i.name, err = d.create(); err != nil {
+			return nil, fmt.Errorf("ingest %s: %w", dgst, err)
+		}
 	}
-	i := &Ingest{disk: d, repo: repo, dgst: dgst, file: file, name: name, hash: dgst.Algorithm().Hash(), size: max(size, -1)}
 	if err := i.reserve(max(size, 0)); err != nil {
 		i.discard()
 		return nil, fmt.Errorf("ingest %s: %w", dgst, err)
@@ -92,7 +99,7 @@ func (i *Ingest) reserve(n int64) error {
 		}
 		n = min(max(n, i.reserved+reserveStep), limit)
 	}
-	if err := allocate(i.file, n); err != nil {
+	if err := i.disk.withRoom(func() error { return i.disk.allocate(i.file, n) }); err != nil {
 		return err
 	}
 	i.reserved = n
@@ -109,18 +116,21 @@ func (i *Ingest) Write(p []byte) (int, error) {
 		return 0, fmt.Errorf("ingest %s: %w", i.dgst, err)
 	}
 	n, err := i.file.Write(p)
-	i.hash.Write(p[:n])
+	if i.hashed == i.written {
+		i.hash.Write(p[:n])
+		i.hashed += int64(n)
+	}
 	i.written += int64(n)
+	if err == nil {
+		err = i.catchUp(catchUpRate * int64(n))
+	}
+	i.broken = err != nil
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.err != nil {
 		return n, i.err
 	}
-	readable := i.written - withheld
-	if i.size >= 0 {
-		readable = min(i.written, i.size-withheld)
-	}
-	if readable > i.released {
+	if readable := i.readable(); readable > i.released {
 		i.released = readable
 		i.wakeLocked()
 	}
@@ -130,6 +140,14 @@ func (i *Ingest) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+// readable is how much of what is written may be released before it is verified.
+func (i *Ingest) readable() int64 {
+	if i.size < 0 {
+		return i.written - withheld
+	}
+	return min(i.written, i.size-withheld)
+}
+
 // Released is how many bytes can be read.
 func (i *Ingest) Released() int64 {
 	i.mu.Lock()
@@ -137,11 +155,12 @@ func (i *Ingest) Released() int64 {
 	return i.released
 }
 
-// Written is how many bytes have been written.
+// Written is how many bytes there are, those that were parked among them.
 func (i *Ingest) Written() int64 { return i.written }
 
 // Verify ends the writing: if all is right, all of it becomes readable, before the disk has it. Its
-// error is ErrMismatch; then the end is never released.
+// error is ErrMismatch, or the disk's if it cannot read back what was parked; then the end is never
+// released.
 func (i *Ingest) Verify() error {
 	err := i.verify()
 	if err != nil {
@@ -154,6 +173,9 @@ func (i *Ingest) Verify() error {
 func (i *Ingest) verify() error {
 	if i.size >= 0 && i.size != i.written {
 		return fmt.Errorf("%d bytes of %d: %w", i.written, i.size, ErrMismatch)
+	}
+	if err := i.catchUp(i.written); err != nil {
+		return err
 	}
 	if got := digest.NewDigest(i.dgst.Algorithm(), i.hash); got != i.dgst {
 		return fmt.Errorf("%d bytes are %s: %w", i.written, got, ErrMismatch)
@@ -210,7 +232,12 @@ func (i *Ingest) Abort(err error) {
 		return
 	}
 	i.ended = true
+	i.fail(err)
 	i.discard()
+}
+
+// fail tells the readers why no more comes: before the file's name goes, so that Open can say it too.
+func (i *Ingest) fail(err error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.err = err

@@ -152,7 +152,7 @@ func TestF22WrongContentIsNeitherReleasedNorStored(t *testing.T) {
 				t.Errorf("opened afterwards: %v", err)
 			}
 			wantAbsent(t, d, app, dgst)
-			if d.Stored(dgst) {
+			if d.holds(dgst) {
 				t.Error("it is stored")
 			}
 			wantEmpty(t, d, "tmp")

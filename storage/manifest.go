@@ -61,10 +61,14 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 			return err
 		}
 	}
+	var err error
 	if c.public() {
-		if err := d.confirm(repo, m.Digest, size, c); err != nil {
-			return err
-		}
+		err = d.confirm(repo, m.Digest, size, c)
+	} else {
+		err = d.confirmAs(originRecord(m.Digest), record{Size: size, Repository: repo.String()}, c)
+	}
+	if err != nil {
+		return err
 	}
 	name := manifestRecord(repo, m.Digest)
 	if err := d.confirmAs(name, record{Size: size, MediaType: m.MediaType}, c); err != nil {
@@ -115,8 +119,8 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 	return m, nil
 }
 
-// flushPulls writes when manifests were last pulled. Where a public one was pulled through a
-// repository that has no record of it, this makes one, which confirms nothing.
+// flushPulls writes when manifests were last pulled, where there is a record: names that clients make
+// up must not become folders.
 func (d *Disk) flushPulls() {
 	for key, at := range d.manifests.takePulls() {
 		if err := d.flushPull(key, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -131,13 +135,7 @@ func (d *Disk) flushPull(key manifestKey, at time.Time) error {
 	mu.Lock()
 	defer mu.Unlock()
 	var r record
-	err := d.readRecord(name, &r)
-	if errors.Is(err, fs.ErrNotExist) {
-		var m oci.Manifest
-		m, err = d.manifest(key)
-		r = record{Size: int64(len(m.Raw)), MediaType: m.MediaType}
-	}
-	if err != nil {
+	if err := d.readRecord(name, &r); err != nil {
 		return err
 	}
 	r.PulledAt = at.UTC().Round(0)
@@ -180,7 +178,9 @@ func (c *manifestCache) pulled(key manifestKey) {
 	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pulls[key] = now
+	if len(c.pulls) < manifestEntries {
+		c.pulls[key] = now
+	}
 }
 
 func (c *manifestCache) takePulls() map[manifestKey]time.Time {

@@ -33,7 +33,7 @@ func (c Confirmation) public() bool { return c.Credential == "" || c.Public }
 type record struct {
 	Size        int64     `json:"size"`
 	MediaType   string    `json:"media_type,omitempty"` // of manifests
-	Repository  string    `json:"repository,omitempty"` // in _public: where it was got anonymously
+	Repository  string    `json:"repository,omitempty"` // in _public and _private: where it was got first
 	ConfirmedAt time.Time `json:"confirmed_at,omitzero"`
 	Upstream    string    `json:"upstream,omitempty"`
 	Credential  string    `json:"credential,omitempty"`
@@ -80,16 +80,44 @@ func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (record, error) {
 	return record{}, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
 }
 
-// Confirm notes that an upstream has let this repository read what is already stored. From now on
-// Blob and Manifest find it there; if it was got anonymously, then in every repository.
-// It returns fs.ErrNotExist if the content is not stored.
-func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) error {
+// originRecord says where content came from that some repositories may read: only that upstream's
+// word is taken for others.
+func originRecord(dgst digest.Digest) string { return path.Join("_private", dgst.Encoded()) }
+
+// StoredFrom reports whether the content is stored, whole as far as its size tells, and came from
+// that upstream.
+func (d *Disk) StoredFrom(dgst digest.Digest, upstream string) bool {
+	_, err := d.storedFrom(dgst, upstream)
+	return err == nil
+}
+
+// storedFrom returns the size.
+func (d *Disk) storedFrom(dgst digest.Digest, upstream string) (int64, error) {
 	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
-	if err == nil && !info.Mode().IsRegular() {
-		err = fs.ErrNotExist
+	if err != nil {
+		return 0, err
 	}
+	for _, name := range [...]string{originRecord(dgst), publicRecord(dgst)} {
+		var r record
+		err := d.readRecord(name, &r)
+		if err == nil && r.Upstream == upstream && r.Size == info.Size() && info.Mode().IsRegular() {
+			return r.Size, nil
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return 0, err
+		}
+	}
+	return 0, fmt.Errorf("nothing vouches for it: %w", fs.ErrNotExist)
+}
+
+// Confirm notes that an upstream has let this repository read what is already stored. From now on
+// Blob and Manifest find it there; if it was got anonymously, then in every repository. A registry
+// could claim any digest: only the upstream that the content came from is believed, and for content
+// that no record vouches for, nobody. Then, and if it is not stored, it is fs.ErrNotExist.
+func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) error {
+	size, err := d.storedFrom(dgst, c.Upstream)
 	if err == nil {
-		err = d.confirm(repo, dgst, info.Size(), c)
+		err = d.confirm(repo, dgst, size, c)
 	}
 	if err != nil {
 		return fmt.Errorf("confirm %s in %s: %w", dgst, repo, err)
@@ -101,6 +129,9 @@ func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) 
 func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Confirmation) error {
 	if c.public() {
 		return d.confirmAs(publicRecord(dgst), record{Size: size, Repository: repo.String()}, c)
+	}
+	if err := d.confirmAs(originRecord(dgst), record{Size: size, Repository: repo.String()}, c); err != nil {
+		return err
 	}
 	return d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
 }

@@ -314,6 +314,7 @@ func (f *flood) connect() (net.Conn, *http2.Framer, <-chan string) {
 	if got := conn.ConnectionState().NegotiatedProtocol; got != "h2" {
 		f.Fatalf("negotiated %q", got)
 	}
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second)) // a test that fails need not hang
 	framer := http2.NewFramer(conn, conn)
 	_, err = io.WriteString(conn, http2.ClientPreface)
 	if err := errors.Join(err, framer.WriteSettings()); err != nil {

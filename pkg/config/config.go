@@ -71,13 +71,47 @@ type Upstream struct {
 	URL              string      `yaml:"url"`                         // scheme and host, nothing behind them
 	RepositoryPrefix string      `yaml:"repository_prefix,omitempty"` // "quay/": org/app is quay/org/app there
 	Credentials      Credentials `yaml:"credentials,omitempty"`       // the zero value is anonymous
+	DigestsOnly      DigestsOnly `yaml:"tags,omitempty"`              // it is not asked what a tag names
+	Proxy            string      `yaml:"proxy,omitempty"`             // ProxyEnv, as "" is too, ProxyNone, or the URL of an HTTP proxy
+	CAFile           string      `yaml:"ca_file,omitempty"`           // trusted beside the system's authorities
+	ClientCert       TLS         `yaml:"client_cert,omitempty"`       // shown to the upstream; the zero value is none
+	RedirectHosts    []string    `yaml:"redirect_hosts,omitempty"`    // host or host:port, at whatever address
+	TrustedRealms    []string    `yaml:"trusted_realms,omitempty"`    // those may be given the credentials too
 }
 
-// Credentials are what an upstream is told when it asks who we are. The password itself stays in its
-// file: it is read when it is needed, and never kept here.
+// What Proxy may be, besides a URL.
+const (
+	ProxyEnv  = "env"  // as HTTPS_PROXY, HTTP_PROXY and NO_PROXY say
+	ProxyNone = "none" // connect straight
+)
+
+// DigestsOnly is the opposite of its key in a file, which is true by default.
+type DigestsOnly bool
+
+// MarshalYAML writes the key.
+func (d DigestsOnly) MarshalYAML() (any, error) { return !bool(d), nil }
+
+// UnmarshalYAML reads the key.
+func (d *DigestsOnly) UnmarshalYAML(n *yaml.Node) error {
+	var tags bool
+	err := n.Load(&tags)
+	*d = DigestsOnly(!tags)
+	return err
+}
+
+// Credentials are where that is found which an upstream is told when it asks who we are; only one way
+// of finding it is set. The secret itself is read when it is needed, and never kept here.
 type Credentials struct {
-	Username     string `yaml:"username,omitempty"`
+	Username     string `yaml:"username,omitempty"` // with PasswordFile
 	PasswordFile string `yaml:"password_file,omitempty"`
+	DockerConfig string `yaml:"docker_config,omitempty"` // file: docker's config.json
+	Helper       string `yaml:"helper,omitempty"`        // docker-credential-HELPER is a program
+	ECR          *ECR   `yaml:"ecr,omitempty"`           // nil if the upstream is none
+}
+
+// ECR is a private registry at Amazon, where whom the AWS SDK finds us to be gets a token.
+type ECR struct {
+	Region string `yaml:"region,omitempty"` // Load takes it from the upstream's URL if it is not set
 }
 
 // Tags is how long a stored tag is answered, and when an upstream's refusal is obeyed. What is not

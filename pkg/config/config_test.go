@@ -33,7 +33,7 @@ func folder(t *testing.T) string {
 	if err := os.CopyFS(dir, os.DirFS("testdata")); err != nil {
 		t.Fatal(err)
 	}
-	for name, mode := range map[string]os.FileMode{"good.pw": 0o600, "world.pw": 0o604, "group.pw": 0o640, "tls.crt": 0o644, "tls.key": 0o400, "empty.pw": 0o600} {
+	for name, mode := range map[string]os.FileMode{"good.pw": 0o600, "config.json": 0o600, "world.pw": 0o604, "group.pw": 0o640, "tls.crt": 0o644, "tls.key": 0o400, "empty.pw": 0o600} {
 		file := filepath.Join(dir, name)
 		if err := os.WriteFile(file, []byte("hunter2"), 0o600); err != nil {
 			t.Fatal(err)
@@ -159,6 +159,29 @@ func TestRegistriesReplaceTheDefaultOnes(t *testing.T) {
 	}
 }
 
+func TestECRsTellTheirRegion(t *testing.T) {
+	for url, want := range map[string]string{
+		"https://123456789012.dkr.ecr.us-east-1.amazonaws.com":           "us-east-1",
+		"https://123456789012.dkr.ecr-fips.us-gov-west-1.amazonaws.com/": "us-gov-west-1",
+		"https://123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn":       "cn-north-1",
+		"https://123456789012.dkr-ecr.eu-west-1.on.aws":                  "eu-west-1",
+		"https://public.ecr.aws":                                         "",
+		"https://dkr.ecr.us-east-1.amazonaws.com":                        "",
+		"https://evil.example/123456789012.dkr.ecr.us-east-1.aws.com":    "",
+	} {
+		if got := ecrRegion(url); got != want {
+			t.Errorf("%s: %q, want %q", url, got, want)
+		}
+	}
+	c, err := load("c.yaml", []byte("registries:\n  docker.io:\n    upstreams:\n      - url: https://123456789012.dkr.ecr.us-east-1.amazonaws.com\n        credentials: {ecr: {}}\n"), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ecr := c.Registries["docker.io"].Upstreams[0].Credentials.ECR; ecr == nil || ecr.Region != "us-east-1" {
+		t.Errorf("%v", ecr)
+	}
+}
+
 func TestTagsForTakesTheNearestKeyByKey(t *testing.T) {
 	c, err := load("c.yaml", []byte(`
 tags: {fresh_for: 10s, max_stale: 7d}
@@ -209,7 +232,8 @@ func TestIsPublic(t *testing.T) {
 func everything(t *testing.T) (dir, text string) {
 	dir = folder(t)
 	text = uncommented()
-	for from, to := range map[string]string{"tls/server.crt": "tls.crt", "tls/server.key": "tls.key", "secrets/registry.example.com": "good.pw"} {
+	for from, to := range map[string]string{"tls/server.crt": "tls.crt", "tls/server.key": "tls.key", "secrets/registry.example.com": "good.pw", "secrets/config.json": "config.json",
+		"tls/ca.crt": "tls.crt", "tls/client.crt": "tls.crt", "tls/client.key": "tls.key"} {
 		if !strings.Contains(text, from) {
 			t.Fatalf("the example does not name %s", from)
 		}
@@ -296,7 +320,9 @@ func fits(t *testing.T, text []byte) error {
 func TestSchemaRefusesWhatLoadRefuses(t *testing.T) {
 	for _, text := range []string{"keep: []", "capacity: lots", "capacity: 5", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
 		"registries: {q.io: {upstreams: [{url: ftp://q.io}]}}", "registries: {q.io: {upstreams: [{url: https://q.io/x}]}}", "registries: {Q.io: {}}", "registries: {q.io: {upstreams: []}}",
-		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "tls: {cert_file: x}", "server_names: [a, a]", "hosts: {a:5: docker.io}", "public: [x]"} {
+		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, proxy: 'socks5://p'}]}}",
+		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {helper: ../x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, redirect_hosts: [https://x]}]}}",
+		"registries: {q.io: {upstreams: [{url: https://q.io, tags: 'no'}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, client_cert: {cert_file: x}}]}}", "tls: {cert_file: x}", "server_names: [a, a]", "hosts: {a:5: docker.io}", "public: [x]"} {
 		if _, err := load("c.yaml", []byte(text), nil, nil); err == nil {
 			t.Errorf("Load accepts %q", text)
 		}
@@ -318,6 +344,9 @@ func TestSchemaIsInStepWithTheStruct(t *testing.T) {
 func compare(t *testing.T, typ reflect.Type, s, root *schema, path string) {
 	if def, ok := strings.CutPrefix(s.Ref, "#/$defs/"); ok {
 		s = root.Defs[def]
+	}
+	if typ.Kind() == reflect.Pointer {
+		typ = typ.Elem()
 	}
 	switch isText := typ.Implements(reflect.TypeFor[encoding.TextMarshaler]()); {
 	case !isText && typ.Kind() == reflect.Struct:
@@ -419,6 +448,8 @@ func FuzzLoad(f *testing.F) {
 		"default_registry: q.io\nregistries:\n  q.io: {upstreams: [{url: https://q.io, repository_prefix: a/}]}\n",
 		"registries: {docker.io: {repositories: {a/b: {tags: {max_stale: unlimited}}}}}\n",
 		"any_registry: true\n---\n",
+		"registries: {q.io: {upstreams: [{url: https://q.io, tags: false, proxy: none, redirect_hosts: [a, 'b:5'], trusted_realms: [c], credentials: {helper: h}}]}}\n",
+		"registries: {q.io: {upstreams: [{url: https://q.io, tags: true, credentials: {ecr: {region: us-east-1}}}]}}\n",
 		"a: &a [*a]\n<<: *a\n? {b: c}\n: d\n",
 	} {
 		f.Add([]byte(text))

@@ -113,7 +113,8 @@ func (c *Config) resolve(dir string) {
 	files := []*string{&c.Data, &c.TLS.CertFile, &c.TLS.KeyFile}
 	for _, registry := range c.Registries {
 		for i := range registry.Upstreams {
-			files = append(files, &registry.Upstreams[i].Credentials.PasswordFile)
+			up := &registry.Upstreams[i]
+			files = append(files, &up.Credentials.PasswordFile, &up.Credentials.DockerConfig, &up.CAFile, &up.ClientCert.CertFile, &up.ClientCert.KeyFile)
 		}
 	}
 	for _, file := range files {
@@ -218,9 +219,23 @@ func (c *Config) settle() {
 		}
 		for i, up := range registry.Upstreams {
 			registry.Upstreams[i].URL = strings.TrimSuffix(up.URL, "/")
+			if ecr := up.Credentials.ECR; ecr != nil && ecr.Region == "" {
+				ecr.Region = ecrRegion(up.URL)
+			}
 		}
 		c.Registries[name] = registry
 	}
+}
+
+// ecrURL is how Amazon names private registries, in all its partitions.
+var ecrURL = regexp.MustCompile(`^https://[0-9]{12}\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\.[a-z0-9.-]+/?$`)
+
+// ecrRegion is the region in the URL of an ECR, "" if there is none.
+func ecrRegion(url string) string {
+	if m := ecrURL.FindStringSubmatch(url); m != nil {
+		return m[1]
+	}
+	return ""
 }
 
 // home is the URL of a registry itself.

@@ -9,12 +9,15 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
+
+	"go.yaml.in/yaml/v4"
 )
 
 const (
@@ -60,17 +63,7 @@ func (c *Config) validateListeners(p *problems) {
 	if _, port, err := net.SplitHostPort(c.Admin); err == nil && port != "0" && c.Admin == c.Listen {
 		p.add("admin", "the same address as listen; write another port")
 	}
-	if (c.TLS.CertFile == "") != (c.TLS.KeyFile == "") {
-		p.add("tls", "needs both cert_file and key_file")
-	}
-	if c.TLS.CertFile != "" {
-		if _, err := os.Stat(c.TLS.CertFile); err != nil {
-			p.add("tls.cert_file", "%v", err)
-		}
-	}
-	if c.TLS.KeyFile != "" {
-		p.secretFile("tls.key_file", c.TLS.KeyFile)
-	}
+	p.keyPair("tls", c.TLS)
 }
 
 // validateNames checks what clients may call the mirror, and what that means.
@@ -115,14 +108,11 @@ func (r Registry) validate(p *problems, name string) {
 	if len(r.Upstreams) == 0 && oci.ValidRegistry(name) {
 		p.add(at+".upstreams", "empty; name one, such as %s", home(name))
 	}
-	first := map[Upstream]int{}
 	for i, up := range r.Upstreams {
 		upstream := fmt.Sprintf("%s.upstreams[%d]", at, i)
 		up.validate(p, upstream, name)
-		if j, twice := first[up]; twice {
-			p.add(upstream, "a duplicate of upstreams[%d]; keep one of the two", j)
-		} else {
-			first[up] = i
+		if first := slices.IndexFunc(r.Upstreams, up.equal); first < i {
+			p.add(upstream, "a duplicate of upstreams[%d]; keep one of the two", first)
 		}
 	}
 	r.Tags.validate(p, at+".tags")
@@ -185,7 +175,50 @@ func (up Upstream) validate(p *problems, at, registry string) {
 			p.add(at+".repository_prefix", "would run into the name behind it; write %s/", prefix)
 		}
 	}
+	up.validateNetwork(p, at, u)
 	up.Credentials.validate(p, at, u)
+}
+
+// equal reports whether two upstreams are one.
+func (up Upstream) equal(other Upstream) bool {
+	ours, err := yaml.Dump(up)
+	theirs, also := yaml.Dump(other)
+	return err == nil && also == nil && string(ours) == string(theirs)
+}
+
+// validateNetwork checks how an upstream is connected to.
+func (up Upstream) validateNetwork(p *problems, at string, u *url.URL) {
+	if up.Proxy != "" && up.Proxy != ProxyEnv && up.Proxy != ProxyNone {
+		proxy, err := url.Parse(up.Proxy)
+		switch {
+		case err != nil || proxy.Scheme != "http" && proxy.Scheme != "https" || !oci.ValidRegistry(proxy.Host) || !validPort(proxy.Port()):
+			p.add(at+".proxy", "is neither env, none nor the URL of an HTTP proxy; write it as http://proxy.internal:3128")
+		case proxy.User != nil:
+			p.add(at+".proxy", "a secret in the clear; write env, and the URL with its password into the variable HTTPS_PROXY")
+		case strings.Trim(proxy.Path, "/") != "" || strings.ContainsAny(up.Proxy, "?#"):
+			p.add(at+".proxy", "something behind the host; write %s://%s", proxy.Scheme, proxy.Host)
+		}
+	}
+	if up.CAFile != "" {
+		if _, err := os.Stat(up.CAFile); err != nil {
+			p.add(at+".ca_file", "%v", err)
+		}
+	}
+	p.keyPair(at+".client_cert", up.ClientCert)
+	if up.ClientCert != (TLS{}) && u.Scheme == "http" {
+		p.add(at+".client_cert", "http:// shows no certificates; write https://%s", u.Host)
+	}
+	for key, hosts := range map[string][]string{"redirect_hosts": up.RedirectHosts, "trusted_realms": up.TrustedRealms} {
+		for i, host := range hosts {
+			switch at, lower := fmt.Sprintf("%s.%s[%d]", at, key, i), strings.ToLower(host); {
+			case !oci.ValidRegistry(host):
+				p.add(at, "%q is not a host; write it without scheme, such as cdn.internal or cdn.internal:8443", host)
+			case lower != host:
+				p.add(at, "write it in lower case: %s", lower)
+			}
+		}
+		p.unique(at+"."+key, hosts)
+	}
 }
 
 func (c Credentials) validate(p *problems, upstream string, u *url.URL) {
@@ -196,6 +229,41 @@ func (c Credentials) validate(p *problems, upstream string, u *url.URL) {
 	if u.Scheme == "http" {
 		p.add(at, "http:// would send them in the clear; write https://%s", u.Host)
 	}
+	var ways []string
+	for _, way := range []struct {
+		key string
+		set bool
+	}{{"username", c.Username != "" || c.PasswordFile != ""}, {"docker_config", c.DockerConfig != ""}, {"helper", c.Helper != ""}, {"ecr", c.ECR != nil}} {
+		if way.set {
+			ways = append(ways, way.key)
+		}
+	}
+	if len(ways) > 1 {
+		p.add(at, "several of them; keep one of %s", strings.Join(ways, ", "))
+	}
+	if c.DockerConfig != "" {
+		p.secretFile(at+".docker_config", c.DockerConfig)
+	}
+	if c.Helper != "" && !helperName.MatchString(c.Helper) {
+		p.add(at+".helper", "%q is not the name of a credential helper; write what stands behind docker-credential- in the name of its program", c.Helper)
+	}
+	switch {
+	case c.ECR != nil && c.ECR.Region == "":
+		p.add(at+".ecr.region", "missing, and the URL names none; write the region of the registry, such as us-east-1")
+	case c.ECR != nil && !regionName.MatchString(c.ECR.Region):
+		p.add(at+".ecr.region", "%q is not a region; write it as us-east-1", c.ECR.Region)
+	}
+	if slices.Contains(ways, "username") {
+		c.validatePassword(p, at)
+	}
+}
+
+var (
+	helperName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+	regionName = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)+$`)
+)
+
+func (c Credentials) validatePassword(p *problems, at string) {
 	switch {
 	case c.Username == "":
 		p.add(at+".username", "missing; write the account's name")
@@ -223,6 +291,21 @@ func (p *problems) address(at, address string) (host string, ok bool) {
 func validPort(port string) bool {
 	_, err := strconv.ParseUint(port, 10, 16)
 	return port == "" || err == nil
+}
+
+// keyPair checks the files of a certificate.
+func (p *problems) keyPair(at string, files TLS) {
+	if (files.CertFile == "") != (files.KeyFile == "") {
+		p.add(at, "needs both cert_file and key_file")
+	}
+	if files.CertFile != "" {
+		if _, err := os.Stat(files.CertFile); err != nil {
+			p.add(at+".cert_file", "%v", err)
+		}
+	}
+	if files.KeyFile != "" {
+		p.secretFile(at+".key_file", files.KeyFile)
+	}
 }
 
 // hostName checks what may stand in a Host header, without its port.

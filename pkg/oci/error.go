@@ -53,8 +53,11 @@ func WriteError(w http.ResponseWriter, err error) {
 		body = []byte(`{"errors":[{"code":"UNKNOWN"}]}`)
 	}
 	h := w.Header()
-	for _, name := range []string{"Content-Range", "Content-Encoding", "Etag", "Accept-Ranges", "Docker-Content-Digest"} {
+	for _, name := range []string{"Content-Encoding", "Etag", "Accept-Ranges", "Docker-Content-Digest"} {
 		h.Del(name) // they describe a body that is not sent
+	}
+	if e.Status != http.StatusRequestedRangeNotSatisfiable || h.Get("Content-Range") == "" {
+		h.Del("Content-Range") // with a 416 it tells the size (RFC 9110, 15.5.17)
 	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))

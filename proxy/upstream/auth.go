@@ -2,7 +2,6 @@ package upstream
 
 import (
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,7 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -47,6 +46,9 @@ type authorizer struct {
 	mu      sync.Mutex           // guards what follows
 	learnt  map[string]challenge // by repository name
 	tokens  map[challenge]token
+	kept    secret    // of the account, if it takes long to find
+	unfound time.Time // the account's secret is not looked for before
+	why     error
 	closed  bool
 	fetches sync.WaitGroup
 }
@@ -76,15 +78,15 @@ type token struct {
 }
 
 // remembered is the authorization to send to a repository unasked, "" if none is known.
-func (a *authorizer) remembered(repo oci.Repository) string {
+func (a *authorizer) remembered(ctx context.Context, repo oci.Repository) string {
 	a.mu.Lock()
 	ch, known := a.learnt[repo.Name]
 	t := a.tokens[ch]
 	a.mu.Unlock()
 	switch {
 	case known && ch.scheme == "basic":
-		authorization, _ := a.basic()
-		return authorization
+		s, _ := a.secret(ctx)
+		return s.authorization()
 	case known && time.Now().Before(t.until):
 		if !t.renew.IsZero() && time.Now().After(t.renew) {
 			a.begin(context.Background(), ch) // nobody waits for it
@@ -103,11 +105,14 @@ func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges
 	}
 	a.learn(repo, ch)
 	if ch.scheme == "basic" {
-		authorization, err := a.basic()
-		if err != nil || authorization == sent {
+		if sent != "" {
+			a.forget()
+		}
+		s, err := a.secret(ctx)
+		if err != nil || s.authorization() == sent {
 			return "", err
 		}
-		return authorization, nil
+		return s.authorization(), nil
 	}
 	a.mu.Lock()
 	t, ok := a.tokens[ch]
@@ -133,10 +138,15 @@ func (a *authorizer) answer(ctx context.Context, repo oci.Repository, challenges
 	}
 }
 
-// begin fetches a token, once for all who want it. One waiter's hurry must not fail the others, but
-// its trace tells how its question goes on.
+// begin fetches a token, once for all who want it.
 func (a *authorizer) begin(ctx context.Context, ch challenge) <-chan singleflight.Result {
-	return a.flight.DoChan(ch.realm+"\x00"+ch.service+"\x00"+ch.scope, func() (any, error) {
+	return a.once(ctx, ch.realm+"\x00"+ch.service+"\x00"+ch.scope, func(ctx context.Context) (any, error) { return a.fetch(ctx, ch) })
+}
+
+// once does what several may want at the same time. One waiter's hurry must not fail the others, but
+// its trace tells how its question goes on.
+func (a *authorizer) once(ctx context.Context, key string, do func(context.Context) (any, error)) <-chan singleflight.Result {
+	return a.flight.DoChan(key, func() (any, error) {
 		a.mu.Lock()
 		closed := a.closed
 		if !closed {
@@ -150,7 +160,7 @@ func (a *authorizer) begin(ctx context.Context, ch challenge) <-chan singlefligh
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTimeout)
 		defer cancel()
 		defer context.AfterFunc(a.life, cancel)()
-		return a.fetch(ctx, ch)
+		return do(ctx)
 	})
 }
 
@@ -172,7 +182,7 @@ func (a *authorizer) choose(repo oci.Repository, challenges []map[string]string)
 		return challenge{"bearer", c["realm"], c["service"], scope}, true
 	}
 	for _, c := range challenges {
-		if c[""] == "basic" && a.client.cfg.Username != "" {
+		if c[""] == "basic" && a.client.cfg.Account != (Account{}) {
 			return challenge{scheme: "basic"}, true
 		}
 	}
@@ -230,28 +240,17 @@ func (a *authorizer) ask(ctx context.Context, ch challenge) (token, error) {
 	if err != nil {
 		return token{}, c.malformed(classToken, 0, err)
 	}
-	q := realm.Query()
-	if ch.service != "" {
-		q.Set("service", ch.service)
+	var own secret
+	if a.trusts(realm) {
+		if own, err = a.secret(ctx); err != nil {
+			return token{}, err
+		}
 	}
-	q.Set("scope", ch.scope)
-	realm.RawQuery = q.Encode()
 	ctx, cancel := context.WithCancelCause(ctx)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, realm.String(), nil)
+	req, err := tokenRequest(ctx, realm, ch, own)
 	if err != nil {
 		cancel(nil)
 		return token{}, c.malformed(classToken, 0, err)
-	}
-	req.Header.Set("User-Agent", "breakwater")
-	if a.trusts(realm) {
-		authorization, err := a.basic()
-		if err != nil {
-			cancel(nil)
-			return token{}, err
-		}
-		if authorization != "" {
-			req.Header.Set("Authorization", authorization)
-		}
 	}
 	resp, err := c.do(ctx, cancel, classToken, req)
 	if err != nil {
@@ -268,16 +267,47 @@ func (a *authorizer) ask(ctx context.Context, ch challenge) (token, error) {
 	return a.parse(raw)
 }
 
+// tokenRequest is a GET with or without Basic, or for an identity token the POST of distribution's
+// "Oauth2 Token Authentication".
+func tokenRequest(ctx context.Context, realm *url.URL, ch challenge, own secret) (*http.Request, error) {
+	q := realm.Query()
+	if own.identity != "" {
+		q = url.Values{"grant_type": {"refresh_token"}, "client_id": {"breakwater"}, "refresh_token": {own.identity}}
+	}
+	if ch.service != "" {
+		q.Set("service", ch.service)
+	}
+	q.Set("scope", ch.scope)
+	if own.identity != "" {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, realm.String(), strings.NewReader(q.Encode()))
+		if err == nil {
+			req.Header = http.Header{"User-Agent": {"breakwater"}, "Content-Type": {"application/x-www-form-urlencoded"}}
+		}
+		return req, err
+	}
+	realm.RawQuery = q.Encode()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, realm.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("User-Agent", "breakwater")
+	if authorization := own.authorization(); authorization != "" {
+		req.Header.Set("Authorization", authorization)
+	}
+	return req, nil
+}
+
 // judge reads the token service's status: its 404 is no word on any content, and its 401 or 403
 // refuses us.
 func (a *authorizer) judge(resp *http.Response) *Error {
 	status := resp.StatusCode
 	if status == http.StatusUnauthorized || status == http.StatusForbidden {
+		a.forget()
 		return a.denied(status)
 	}
 	if status == http.StatusTooManyRequests {
 		return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Status: status, Kind: Throttled, Reason: "token service asked us to wait",
-			RetryAfter: a.client.hold.extend(resp.Header, time.Now()), verdict: excluded}
+			RetryAfter: a.client.pool.hold(resp.Request.URL.Host+"\x00"+a.client.Credential()).extend(resp.Header, time.Now()), verdict: excluded}
 	}
 	return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Status: status, Reason: fmt.Sprintf("token service answered %d", status), verdict: failure}
 }
@@ -331,14 +361,14 @@ func (a *authorizer) realm(s string) (*url.URL, error) {
 	return u, nil
 }
 
-// trusts reports whether the realm may see the upstream's credential: the same host, or the same
-// registrable domain, never by address (CVE-2026-33540, GHSA-3p65-76g6-3w7r).
+// trusts reports whether the realm may see the upstream's credential: the same host, one that the
+// configuration names, or the same registrable domain, never by address (CVE-2026-33540, GHSA-3p65-76g6-3w7r).
 func (a *authorizer) trusts(realm *url.URL) bool {
 	base := a.client.base
 	if realm.Scheme != base.Scheme {
 		return false
 	}
-	if hostPort(realm) == hostPort(base) {
+	if slices.Contains(a.client.route.own, hostPort(realm)) {
 		return true
 	}
 	if _, err := netip.ParseAddr(realm.Hostname()); err == nil || net.ParseIP(base.Hostname()) != nil || realm.Port() != base.Port() {
@@ -352,18 +382,64 @@ func (a *authorizer) trusts(realm *url.URL) bool {
 	return err == nil && ours == theirs
 }
 
-// basic is the credential as an Authorization, "" for anonymous.
-func (a *authorizer) basic() (string, error) {
-	cfg := a.client.cfg
-	if cfg.Username == "" {
-		return "", nil
+// secret is what the account proves itself with, found anew or kept from the last time. Errors are
+// *Error.
+func (a *authorizer) secret(ctx context.Context) (secret, error) {
+	now := time.Now()
+	a.mu.Lock()
+	kept, unfound, why := a.kept, a.unfound, a.why
+	a.mu.Unlock()
+	if now.Before(kept.until) {
+		if now.After(kept.renew) && now.After(unfound) {
+			a.once(ctx, "", a.find) // nobody waits for it
+		}
+		return kept, nil
 	}
-	password, err := os.ReadFile(cfg.PasswordFile)
-	if err != nil {
-		return "", &Error{Upstream: a.client.base.Host, Class: classToken.String(), Reason: "cannot read password_file", Err: err, verdict: excluded}
+	if now.Before(unfound) {
+		return secret{}, a.lacking(why)
 	}
-	secret := cfg.Username + ":" + strings.TrimRight(string(password), "\r\n")
-	return "Basic " + base64.StdEncoding.EncodeToString([]byte(secret)), nil
+	select {
+	case r := <-a.once(ctx, "", a.find):
+		s, _ := r.Val.(secret)
+		if r.Err != nil {
+			return secret{}, a.lacking(r.Err)
+		}
+		return s, nil
+	case <-ctx.Done():
+		return secret{}, a.client.failed(ctx, classToken, ctx.Err())
+	}
+}
+
+// lacking is the Error of a request that cannot be made for want of a credential: nobody's fault but
+// our own.
+func (a *authorizer) lacking(err error) *Error {
+	return &Error{Upstream: a.client.base.Host, Class: classToken.String(), Reason: "cannot find our credentials for it", Err: err, verdict: excluded}
+}
+
+// find looks the secret up. What took a program or a service to find is kept as long as it is good,
+// and its failure for a while.
+func (a *authorizer) find(ctx context.Context) (any, error) {
+	account := a.client.cfg.Account
+	s, err := account.find(ctx, a.client.base.Host)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.unfound, a.why = time.Time{}, err
+	if err != nil && account.Username == "" {
+		a.unfound = time.Now().Add(retryAccount)
+	}
+	if err == nil && !s.found.IsZero() {
+		a.kept = s
+	}
+	return s, err
+}
+
+// forget drops a kept secret that was refused, unless it is new: then another would be the same.
+func (a *authorizer) forget() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Since(a.kept.found) > retryAccount {
+		a.kept = secret{}
+	}
 }
 
 // probe asks for a token as somebody did before.

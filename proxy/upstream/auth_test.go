@@ -120,10 +120,10 @@ func (g *guarded) as(users map[string]string) {
 	g.Helper()
 	var configs []Config
 	for registry, user := range users {
-		cfg := Config{Registry: registry, URL: "https://quay.test", Username: user}
+		cfg := Config{Registry: registry, URL: "https://quay.test", Account: Account{Username: user}}
 		if user != "" {
-			cfg.PasswordFile = filepath.Join(g.folder, user)
-			if err := os.WriteFile(cfg.PasswordFile, []byte("password of "+user+"\r\n"), 0o600); err != nil {
+			cfg.Account.PasswordFile = filepath.Join(g.folder, user)
+			if err := os.WriteFile(cfg.Account.PasswordFile, []byte("password of "+user+"\r\n"), 0o600); err != nil {
 				g.Fatal(err)
 			}
 		}
@@ -258,7 +258,7 @@ func TestH34PublicSuffixesAreNoDomain(t *testing.T) {
 		"https://registry.example.com": "https://registry.example.com.:443/token",
 	} {
 		p := NewPool(Settings{})
-		c, err := newClient(p, Config{Registry: "x.io", URL: base, Username: "robot"})
+		c, err := newClient(p, Config{Registry: "x.io", URL: base, Account: Account{Username: "robot"}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -81,11 +81,13 @@ func (b *Body) Close() error {
 	return b.body.Close()
 }
 
-// Mismatch says that the upstream sent other bytes than the digest names. It is not asked for that
+// Mismatch says that the upstream sent another blob than the digest names. It is not asked for that
 // digest for ten minutes; three such digests count as a failure.
-func (c *Client) Mismatch(ref oci.Reference) {
+func (c *Client) Mismatch(ref oci.Reference) { c.lied(classBlob, ref) }
+
+func (c *Client) lied(class class, ref oci.Reference) {
 	if c.shunned.add(ref.Digest, time.Now()) >= maxLies {
-		c.breakers[classBlob].fail("", hostFailure, "sent wrong bytes for several digests")
+		c.breakers[class].fail("", hostFailure, "sent wrong bytes for several digests")
 	}
 }
 

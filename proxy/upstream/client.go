@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -23,23 +24,34 @@ const maxRedirects = 4
 // maxList bounds the answer to a tags or referrers request; registries page far below it.
 const maxList = 4 << 20
 
-// Config describes one upstream of a registry. It is comparable: equal means unchanged.
+// Config describes one upstream of a registry.
 type Config struct {
 	Registry         string // the name that clients ask for
 	URL              string // https://quay.io; a path is kept before /v2/
 	RepositoryPrefix string // "quay/" makes org/app quay/org/app there
-	Username         string // "" is anonymous
-	PasswordFile     string // read whenever a token is asked for, so that a new password needs no restart
+	Account          Account
+	DigestsOnly      bool     // what it says of tags is not to be trusted
+	Proxy            string   // ProxyEnv, which "" is too, ProxyNone, or the URL of an HTTP proxy
+	CAFile           string   // of certificate authorities that are trusted beside the system's
+	CertFile         string   // of the certificate that is shown to the upstream, with its key; "" for none
+	KeyFile          string   //
+	RedirectHosts    []string // host or host:port that may be reached although their addresses are not public
+	TrustedRealms    []string // those, and they may be given the credential
 }
+
+// Equal reports whether two upstreams are the same, so that what was learnt of one holds for the other.
+func (c Config) Equal(other Config) bool { return reflect.DeepEqual(c, other) }
 
 // Client asks one upstream.
 type Client struct {
 	cfg      Config
 	base     *url.URL
 	pool     *Pool
+	route    *route
 	http     *http.Client
 	auth     *authorizer
 	hold     *hold
+	recovery *recovery
 	breakers [3]*breaker // by class
 	failing  [3]atomic.Pointer[time.Time]
 	good     [2]atomic.Pointer[oci.Reference] // last content had: a manifest, a blob; for the probes
@@ -55,8 +67,13 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 	if err != nil || base.Host == "" || (base.Scheme != "https" && base.Scheme != "http") {
 		return nil, fmt.Errorf("upstream %q: not an http or https URL", cfg.URL)
 	}
-	c := &Client{cfg: cfg, base: base, pool: p, hold: p.hold(base.Host + "\x00" + cfg.Username)}
-	c.http = &http.Client{Transport: p.transport(), CheckRedirect: checkRedirect}
+	c := &Client{cfg: cfg, base: base, pool: p}
+	c.hold = p.hold(base.Host + "\x00" + c.Credential())
+	c.recovery = p.recovery(hostPort(base))
+	if c.route, err = newRoute(p, cfg, base); err != nil {
+		return nil, fmt.Errorf("upstream %s: %w", base.Host, err)
+	}
+	c.http = &http.Client{Transport: c.route.transport(), CheckRedirect: checkRedirect}
 	c.auth = newAuthorizer(c)
 	probes := [3]func(context.Context) error{c.probeToken, c.probeManifest, c.probeBlob}
 	for class := classToken; class <= classBlob; class++ {
@@ -64,6 +81,11 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 			class:  class,
 			probe:  probes[class],
 			logger: p.settings.Logger.With("registry", cfg.Registry, "upstream", base.Host, "class", class.String()),
+			onChange: func(s State) {
+				if s.Name == stateClosed {
+					c.recovery.begin()
+				}
+			},
 		})
 	}
 	return c, nil
@@ -96,11 +118,14 @@ func (c *Client) Health() []Health {
 
 // Credential identifies the account in use, without its secret; "" is anonymous.
 func (c *Client) Credential() string {
-	if c.cfg.Username == "" {
+	if c.cfg.Account == (Account{}) {
 		return ""
 	}
-	return c.base.Host + "/" + c.cfg.Username
+	return c.base.Host + "/" + c.cfg.Account.id()
 }
+
+// AnswersTags reports whether the upstream may say what a tag names; it is asked for digests if not.
+func (c *Client) AnswersTags() bool { return !c.cfg.DigestsOnly }
 
 func (c *Client) close() {
 	c.auth.close()
@@ -110,9 +135,10 @@ func (c *Client) close() {
 	c.http.CloseIdleConnections()
 }
 
-// breakersOf are those that a connection failure to hostport counts for.
+// breakersOf are those that a connection failure to hostport counts for: the upstream's own host, or
+// the proxy on the way to it.
 func (c *Client) breakersOf(hostport string) []*breaker {
-	if hostPort(c.base) != hostport {
+	if hostPort(c.base) != hostport && !c.route.isProxy(hostport) {
 		return nil
 	}
 	return c.breakers[classManifest:]
@@ -122,6 +148,7 @@ func (c *Client) breakersOf(hostport string) []*breaker {
 type Resolved struct {
 	Digest   digest.Digest
 	Manifest *oci.Manifest // set if only the whole manifest could tell the digest
+	Validation
 }
 
 // Resolve asks for a tag's, or confirms a manifest's, digest by HEAD, which registries do not count
@@ -134,14 +161,13 @@ func (c *Client) Resolve(ctx context.Context, ref oci.Reference) (Resolved, erro
 		if dgst, err := oci.ParseDigest(resp.Header.Get("Docker-Content-Digest")); err == nil && (ref.Digest == "" || ref.Digest == dgst) {
 			settle(nil)
 			c.good[0].Store(&ref)
-			return Resolved{Digest: dgst}, nil
+			return Resolved{Digest: dgst, Validation: validation(resp.Header)}, nil
 		}
 		settle(nil)
 	} else if e := new(Error); !errors.As(err, &e) || (e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented && e.Status != http.StatusBadRequest) {
 		return Resolved{}, err
 	}
-	m, err := c.manifest(ctx, ref, c.resend)
-	return Resolved{Digest: m.Digest, Manifest: &m}, err
+	return c.manifest(ctx, ref, c.resend)
 }
 
 var manifestAccept = http.Header{"Accept": oci.ManifestTypes}
@@ -149,24 +175,28 @@ var manifestAccept = http.Header{"Accept": oci.ManifestTypes}
 // Manifest fetches a manifest and verifies it: against the digest asked for, or at least its form.
 // Errors are *Error.
 func (c *Client) Manifest(ctx context.Context, ref oci.Reference) (oci.Manifest, error) {
-	return c.manifest(ctx, ref, c.send)
+	got, err := c.manifest(ctx, ref, c.send)
+	if err != nil {
+		return oci.Manifest{}, err
+	}
+	return *got.Manifest, nil
 }
 
 type sender func(context.Context, query) (*http.Response, func(error), error)
 
-func (c *Client) manifest(ctx context.Context, ref oci.Reference, send sender) (oci.Manifest, error) {
+func (c *Client) manifest(ctx context.Context, ref oci.Reference, send sender) (Resolved, error) {
 	if err := c.shuns(classManifest, ref.Digest); err != nil {
-		return oci.Manifest{}, err
+		return Resolved{}, err
 	}
 	resp, settle, err := send(ctx, query{http.MethodGet, classManifest, ref, "/manifests/" + ref.Identifier(), manifestAccept})
 	if err != nil {
-		return oci.Manifest{}, err
+		return Resolved{}, err
 	}
 	defer resp.Body.Close()
 	raw, err := c.readAll(resp, classManifest, oci.MaxManifest)
 	if err != nil {
 		settle(err)
-		return oci.Manifest{}, err
+		return Resolved{}, err
 	}
 	algorithm := digest.SHA256
 	if ref.Digest != "" {
@@ -175,18 +205,21 @@ func (c *Client) manifest(ctx context.Context, ref oci.Reference, send sender) (
 	m, err := oci.ParseManifest(resp.Header.Get("Content-Type"), raw, algorithm)
 	if err == nil && ref.Digest != "" && m.Digest != ref.Digest {
 		settle(nil)
-		c.Mismatch(ref)
-		return oci.Manifest{}, &Error{Upstream: c.base.Host, Class: classManifest.String(), Reason: "sent other bytes than the digest names"}
+		c.lied(classManifest, ref)
+		return Resolved{}, &Error{Upstream: c.base.Host, Class: classManifest.String(), Reason: "sent other bytes than the digest names", verdict: excluded}
 	}
 	if err != nil {
 		err = c.malformed(classManifest, resp.StatusCode, err)
 		settle(err)
-		return oci.Manifest{}, err
+		return Resolved{}, err
 	}
 	settle(nil)
 	c.good[0].Store(&ref)
-	return m, nil
+	return Resolved{m.Digest, &m, validation(resp.Header)}, nil
 }
+
+// errSaysNothing settles what does not show that blobs can be had: headers do not.
+var errSaysNothing = errors.New("headers only")
 
 // StatBlob returns a blob's size, -1 if the upstream does not tell. Errors are *Error.
 func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error) {
@@ -194,7 +227,7 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 	resp, settle, err := c.send(ctx, query{http.MethodHead, classBlob, ref, path, nil})
 	if err == nil {
 		resp.Body.Close()
-		settle(nil)
+		settle(errSaysNothing)
 		return resp.ContentLength, nil
 	}
 	// Some registries refuse HEAD of blobs that they hand out (public.ecr.aws answers 401).
@@ -206,7 +239,7 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 		return 0, err
 	}
 	resp.Body.Close()
-	settle(nil)
+	settle(errSaysNothing)
 	if resp.StatusCode == http.StatusPartialContent {
 		_, total := contentRange(resp.Header)
 		return total, nil
@@ -214,8 +247,18 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 	return resp.ContentLength, nil
 }
 
-// Blob opens a blob's bytes from offset on. Errors are *Error; those of the Body too.
-func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Body, error) {
+// Blob opens a blob. Errors are *Error; those of the Body too.
+func (c *Client) Blob(ctx context.Context, ref oci.Reference) (*Body, error) {
+	return c.blob(ctx, ref, 0, c.send)
+}
+
+// Resume opens the rest of a blob, from offset on, after a Body has broken off: what that has put on
+// the reference does not concern it.
+func (c *Client) Resume(ctx context.Context, ref oci.Reference, offset int64) (*Body, error) {
+	return c.blob(ctx, ref, offset, c.resend)
+}
+
+func (c *Client) blob(ctx context.Context, ref oci.Reference, offset int64, send sender) (*Body, error) {
 	if err := c.shuns(classBlob, ref.Digest); err != nil {
 		return nil, err
 	}
@@ -224,10 +267,6 @@ func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Bo
 		header = http.Header{"Range": {fmt.Sprintf("bytes=%d-", offset)}}
 	}
 	q := query{http.MethodGet, classBlob, ref, "/blobs/" + ref.Digest.String(), header}
-	send := c.send
-	if offset > 0 {
-		send = c.resend
-	}
 	resp, settle, err := send(ctx, q)
 	if expired(err) {
 		if resp, settle, err = c.resend(ctx, q); expired(err) {
@@ -266,11 +305,12 @@ type List struct {
 	Body      []byte
 	MediaType string
 	Link      string // as sent: the next page, or ""
-	Header    http.Header
+	Validation
 }
 
-// List asks for what stands behind a repository's name: "/tags/list?n=5". Errors are *Error.
-func (c *Client) List(ctx context.Context, repo oci.Repository, path string) (List, error) {
+// List asks for what stands behind a repository's name: "/tags/list?n=5". An answer that check does not
+// accept is malformed. Errors are *Error.
+func (c *Client) List(ctx context.Context, repo oci.Repository, path string, check func(List) error) (List, error) {
 	ref := oci.Reference{Repository: repo, Tag: path}
 	resp, settle, err := c.send(ctx, query{http.MethodGet, classManifest, ref, path, http.Header{"Accept": {"application/json", "*/*"}}})
 	if err != nil {
@@ -278,8 +318,14 @@ func (c *Client) List(ctx context.Context, repo oci.Repository, path string) (Li
 	}
 	defer resp.Body.Close()
 	raw, err := c.readAll(resp, classManifest, maxList)
+	list := List{raw, resp.Header.Get("Content-Type"), resp.Header.Get("Link"), validation(resp.Header)}
+	if err == nil {
+		if err = check(list); err != nil {
+			err = c.malformed(classManifest, resp.StatusCode, err)
+		}
+	}
 	settle(err)
-	return List{raw, resp.Header.Get("Content-Type"), resp.Header.Get("Link"), resp.Header}, err
+	return list, err
 }
 
 func (c *Client) readAll(resp *http.Response, class class, limit int64) ([]byte, error) {

@@ -23,7 +23,7 @@ const (
 
 // DialError says why there is no connection to a host.
 type DialError struct {
-	Phase string // dns, dial, tls; or guard: nothing was sent to it, since that is not allowed
+	Phase string // dns, dial, proxy, tls; guard: nothing was sent to it, since that is not allowed; setup: we cannot
 	Host  string // host:port as it was asked for
 	Err   error
 }
@@ -40,7 +40,7 @@ type dialer struct {
 	lookup  func(ctx context.Context, host string) ([]netip.Addr, error)        // nil is the system's resolver
 	dial    func(ctx context.Context, network, ipport string) (net.Conn, error) // nil is a net.Dialer
 	allowed func(hostport string) bool                                          // wherever it is; nil allows only what is public
-	refused atomic.Int64                                                        // by the guard
+	refused *atomic.Int64                                                       // by the guard
 }
 
 // DialContext connects an http.Transport to host:port. Errors are *DialError, or ctx's if that ended

@@ -78,6 +78,7 @@ func (w *wire) dialer(allowed ...string) *dialer {
 			return near, nil
 		},
 		allowed: func(hostport string) bool { return slices.Contains(allowed, hostport) },
+		refused: new(atomic.Int64),
 	}
 }
 

@@ -74,6 +74,8 @@ func (c *Client) failed(ctx context.Context, class class, err error) *Error {
 		e.Reason = context.Cause(ctx).Error()
 	case errors.As(err, &dial) && dial.Phase == "guard":
 		e.Reason = "named an address that may not be reached"
+	case errors.As(err, &dial) && dial.Phase == "setup":
+		e.Reason, e.verdict = "its connections are not set up rightly here", excluded
 	case ctx.Err() != nil:
 		e.Reason, e.verdict = "not waited for", excluded // the client's hurry is not the upstream's fault
 	case errors.As(err, &dial):

@@ -8,10 +8,10 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"net"
-	"net/http"
-	"net/http/httptrace"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -38,12 +38,13 @@ type Settings struct {
 // known to every registry that it fronts.
 type Pool struct {
 	settings Settings
-	dialer   *dialer
+	refused  atomic.Int64 // connections, by the guard
 
 	mu      sync.Mutex // guards what follows; nothing is called under it
 	clients map[string][]*Client
-	known   map[string]bool  // host:port of the configured upstreams
-	holds   map[string]*hold // 429, by host and credential
+	known   map[string]bool      // host:port of the configured upstreams
+	holds   map[string]*hold     // 429, by host and credential
+	back    map[string]*recovery // by host:port
 	any     bool
 	closed  bool
 }
@@ -53,9 +54,7 @@ func NewPool(settings Settings) *Pool {
 	if settings.Logger == nil {
 		settings.Logger = slog.New(slog.DiscardHandler)
 	}
-	p := &Pool{settings: settings, clients: map[string][]*Client{}, known: map[string]bool{}, holds: map[string]*hold{}}
-	p.dialer = &dialer{lookup: settings.Lookup, dial: settings.Dial, allowed: p.configured}
-	return p
+	return &Pool{settings: settings, clients: map[string][]*Client{}, known: map[string]bool{}, holds: map[string]*hold{}, back: map[string]*recovery{}}
 }
 
 // Use makes these the upstreams of the pool, in order within their registry. An upstream that it
@@ -64,22 +63,22 @@ func NewPool(settings Settings) *Pool {
 func (p *Pool) Use(configs []Config, anyRegistry AnyRegistry) error {
 	next, known := map[string][]*Client{}, map[string]bool{}
 	p.mu.Lock()
-	have := map[Config]*Client{}
+	var have []*Client
 	for _, list := range p.clients {
-		for _, c := range list {
-			have[c.cfg] = c
-		}
+		have = append(have, list...)
 	}
 	p.mu.Unlock()
 	for _, cfg := range configs {
-		c := have[cfg]
-		if c == nil {
+		var c *Client
+		if i := slices.IndexFunc(have, func(c *Client) bool { return c.cfg.Equal(cfg) }); i >= 0 {
+			c = have[i]
+			have = slices.Delete(have, i, i+1)
+		} else {
 			var err error
 			if c, err = newClient(p, cfg); err != nil {
 				return err
 			}
 		}
-		delete(have, cfg)
 		next[cfg.Registry] = append(next[cfg.Registry], c)
 		known[hostPort(c.base)] = true
 	}
@@ -144,7 +143,7 @@ func (p *Pool) Close() {
 
 // Refused is how many connections the guard has refused so far, since nothing configured is where
 // they would have gone: an upstream tried to make us reach it.
-func (p *Pool) Refused() int64 { return p.dialer.refused.Load() }
+func (p *Pool) Refused() int64 { return p.refused.Load() }
 
 func (p *Pool) configured(hostport string) bool {
 	p.mu.Lock()
@@ -162,6 +161,16 @@ func (p *Pool) hold(key string) *hold {
 	return p.holds[key]
 }
 
+// recovery is what bounds the requests to a host that has just come back.
+func (p *Pool) recovery(hostport string) *recovery {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.back[hostport] == nil {
+		p.back[hostport] = newRecovery()
+	}
+	return p.back[hostport]
+}
+
 // hostFailed tells every breaker behind that host:port that it cannot be connected to.
 func (p *Pool) hostFailed(hostport, reason string, except *breaker) {
 	for _, c := range p.All() {
@@ -171,49 +180,4 @@ func (p *Pool) hostFailed(hostport, reason string, except *breaker) {
 			}
 		}
 	}
-}
-
-// transport returns a transport over the guarded dialer. TLS is ours too, so that its failures are
-// told from those of the request.
-func (p *Pool) transport() *http.Transport {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	return &http.Transport{
-		DialContext:            p.dialer.DialContext,
-		DialTLSContext:         p.dialTLS,
-		Protocols:              protocols,
-		DisableCompression:     true, // digests are of the bytes as sent
-		ResponseHeaderTimeout:  firstByteTimeout,
-		IdleConnTimeout:        idleTimeout,
-		MaxIdleConnsPerHost:    64,
-		MaxResponseHeaderBytes: maxHeaderBytes,
-		ReadBufferSize:         64 << 10,
-	}
-}
-
-func (p *Pool) dialTLS(ctx context.Context, network, addr string) (net.Conn, error) {
-	raw, err := p.dialer.DialContext(ctx, network, addr)
-	if err != nil {
-		return nil, err
-	}
-	cfg := p.settings.TLS.Clone()
-	if cfg == nil {
-		cfg = &tls.Config{}
-	}
-	if cfg.ServerName == "" {
-		cfg.ServerName, _, _ = net.SplitHostPort(addr)
-	}
-	cfg.NextProtos = []string{"http/1.1"}
-	ctx, cancel := context.WithTimeout(ctx, tlsTimeout)
-	defer cancel()
-	conn := tls.Client(raw, cfg)
-	err = conn.HandshakeContext(ctx)
-	if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.TLSHandshakeDone != nil {
-		trace.TLSHandshakeDone(conn.ConnectionState(), err)
-	}
-	if err != nil {
-		raw.Close()
-		return nil, &DialError{Phase: "tls", Host: addr, Err: err}
-	}
-	return conn, nil
 }

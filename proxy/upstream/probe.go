@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 )
 
 // The probes try a sick upstream in the users' place, on the path that users take, with content that
@@ -34,15 +35,18 @@ func (c *Client) probeBlob(ctx context.Context) error {
 
 // probeWith asks past the breaker, which is what is being decided.
 func (c *Client) probeWith(ctx context.Context, q query) error {
+	if c.hold.left(time.Now()) > 0 {
+		return errNoProbe // not before it wants to be asked again
+	}
 	c.http.CloseIdleConnections()
 	resp, err := c.authorized(ctx, q)
+	if err == nil {
+		err = c.judge(q.class, resp)
+	}
 	if err != nil {
 		return probed(err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode >= 300 {
-		return probed(c.judge(q.class, resp))
-	}
 	_, err = io.CopyN(io.Discard, resp.Body, verdictBytes)
 	if errors.Is(err, io.EOF) {
 		err = nil

@@ -13,8 +13,12 @@ import (
 	"breakwater/pkg/oci"
 )
 
-// stallTimeout is how long a body may bring nothing.
-const stallTimeout = 15 * time.Second
+// How long a body may bring nothing. That of a manifest, list or token must be over before those who
+// wait for it leave, or it would be nobody's fault.
+const (
+	stallTimeout      = 15 * time.Second
+	smallStallTimeout = 4 * time.Second
+)
 
 // query is one question about a repository.
 type query struct {
@@ -49,11 +53,8 @@ func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.R
 	}
 	settle := c.settler(q.class, verdict)
 	resp, err := c.authorized(ctx, q)
-	if err == nil && resp.StatusCode >= 300 {
+	if err == nil {
 		err = c.judge(q.class, resp)
-	} else if err == nil && strings.HasPrefix(strings.ToLower(resp.Header.Get("Content-Type")), "text/html") {
-		resp.Body.Close()
-		err = c.malformed(q.class, resp.StatusCode, errors.New("a page of HTML, as captive portals send for everything"))
 	}
 	if err != nil {
 		settle(err)
@@ -95,7 +96,9 @@ func (c *Client) settler(class class, settle func(verdict, string)) func(error) 
 		if since := c.failing[class].Load(); since != nil && e.Outage() {
 			e.Since = *since
 		}
-		e.State = c.breakers[class].state().Name
+		if e.Class == class.String() { // else the trouble was the token service's
+			e.State = c.breakers[class].state().Name
+		}
 	}
 }
 
@@ -112,9 +115,22 @@ func (c *Client) refused(class class, err error) *Error {
 	return e
 }
 
-// judge makes an Error of a status that is not 2xx (DESIGN 8, "What counts"), and closes the body.
-func (c *Client) judge(class class, resp *http.Response) *Error {
+// judge is nil for an answer that can be used, and makes an *Error of any other one (DESIGN 8, "What
+// counts"), closing its body.
+func (c *Client) judge(class class, resp *http.Response) error {
+	page := strings.HasPrefix(strings.ToLower(resp.Header.Get("Content-Type")), "text/html")
+	if resp.StatusCode < 300 && !page {
+		return nil
+	}
 	defer resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusPartialContent, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
+		if page { // captive portals send one for everything, load balancers for what has no backend
+			e := c.malformed(class, resp.StatusCode, errors.New("a page of HTML"))
+			e.at(resp.Request.URL.Host)
+			return e
+		}
+	}
 	said := oci.ReadError(resp)
 	e := &Error{Upstream: c.base.Host, Class: class.String(), Status: resp.StatusCode, Err: said, verdict: excluded}
 	e.Reason = fmt.Sprintf("answered %d", resp.StatusCode)
@@ -126,7 +142,7 @@ func (c *Client) judge(class class, resp *http.Response) *Error {
 	case status == http.StatusNotFound || status == http.StatusGone:
 		e.Kind, e.verdict = NotFound, success
 	case status == http.StatusTooManyRequests:
-		e.Kind, e.RetryAfter = Throttled, c.hold.extend(resp.Header, time.Now())
+		e.Kind, e.RetryAfter = Throttled, c.pool.hold(resp.Request.URL.Host+"\x00"+c.Credential()).extend(resp.Header, time.Now())
 	case elsewhere && (status == http.StatusForbidden || status == http.StatusUnauthorized):
 		// An expired signature: no refusal, and nobody's fault unless a new redirect has it too.
 	case status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusUnavailableForLegalReasons:
@@ -142,7 +158,7 @@ func (c *Client) judge(class class, resp *http.Response) *Error {
 // authorized asks with the authorization that worked last time, and once more with a new one if
 // the upstream challenges.
 func (c *Client) authorized(ctx context.Context, q query) (*http.Response, error) {
-	authorization := c.auth.remembered(q.ref.Repository)
+	authorization := c.auth.remembered(ctx, q.ref.Repository)
 	resp, err := c.roundTrip(ctx, q, authorization)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized || resp.Request.URL.Host != c.base.Host {
 		return resp, err
@@ -187,21 +203,39 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 	if class == classToken {
 		client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	}
-	resp, err := client.Do(req)
+	leave := func() {}
+	if class != classToken { // which is asked for by those who have been let in
+		var err error
+		if leave, err = c.recovery.enter(ctx); err != nil {
+			cancel(nil)
+			return nil, &Error{Upstream: c.base.Host, Class: class.String(), Reason: "has just come back, and others are asking", Err: err, verdict: excluded}
+		}
+	}
+	end := func(cause error) { leave(); cancel(cause) }
+	resp, again, err := c.try(&client, req)
 	if err != nil {
-		failed := c.failed(ctx, class, withoutURL(err))
+		failed := c.failed(ctx, class, withoutURL(resp, err))
+		if again && errors.Is(context.Cause(ctx), errNoHeader) {
+			failed.verdict = excluded // the second try had what the first had left
+		}
 		if u := new(url.Error); errors.As(err, &u) {
 			if last, err := url.Parse(u.URL); err == nil {
 				failed.at(last.Host)
 			}
 		}
-		cancel(nil)
+		end(nil)
 		if failed.verdict != excluded {
-			c.http.CloseIdleConnections() // what is pooled is as likely to be dead
+			c.pool.closeIdle(c)
 		}
 		return nil, failed
 	}
-	resp.Body = &stallGuard{ReadCloser: resp.Body, cancel: cancel, timer: stopped(func() { cancel(errStalled) })}
+	resp.Body = &stallGuard{ReadCloser: resp.Body, cancel: end, timeout: stallTimeout, timer: stopped(func() {
+		end(errStalled)
+		c.pool.closeIdle(c)
+	})}
+	if class != classBlob {
+		resp.Body.(*stallGuard).timeout = smallStallTimeout
+	}
 	return resp, nil
 }
 
@@ -225,8 +259,12 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// withoutURL drops http.Client's prefix from an error: the URL may be a signed one.
-func withoutURL(err error) error {
+// withoutURL drops from http.Client's error what may be a signed URL: its prefix, and, if there was an
+// answer but its redirect could not be followed, all of it.
+func withoutURL(resp *http.Response, err error) error {
+	if resp != nil {
+		return errors.New("redirect that may not be followed")
+	}
 	if u := new(url.Error); errors.As(err, &u) {
 		return u.Err
 	}
@@ -239,11 +277,12 @@ func discard(body io.ReadCloser) {
 	body.Close()
 }
 
-// stallGuard cancels the request when one Read brings nothing for stallTimeout.
+// stallGuard cancels the request when one Read brings nothing for too long.
 type stallGuard struct {
 	io.ReadCloser
-	cancel context.CancelCauseFunc
-	timer  *time.Timer
+	cancel  context.CancelCauseFunc
+	timeout time.Duration
+	timer   *time.Timer
 }
 
 func stopped(f func()) *time.Timer {
@@ -253,7 +292,7 @@ func stopped(f func()) *time.Timer {
 }
 
 func (g *stallGuard) Read(p []byte) (int, error) {
-	g.timer.Reset(stallTimeout)
+	g.timer.Reset(g.timeout)
 	n, err := g.ReadCloser.Read(p)
 	g.timer.Stop()
 	return n, err
