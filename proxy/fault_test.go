@@ -27,7 +27,7 @@ func TestF02NeverSeen(t *testing.T) {
 		for i := range 10 {
 			for _, path := range []string{fmt.Sprint("/manifests/v", i), "/manifests/" + unknown, "/blobs/" + unknown, "/tags/list"} {
 				got := r.get(app+path).want(r, 503)
-				for _, part := range []string{`"upstream":"quay.test:80"`, `"reason":"dial failed"`, `"since":"` + began.UTC().Format(time.RFC3339)} {
+				for _, part := range []string{`"upstream":"quay.test:80"`, `"reason":"dial failed: connection refused"`, `"since":"` + began.UTC().Format(time.RFC3339)} {
 					if !strings.Contains(string(got.body), part) {
 						r.Errorf("%s: no %s in %s", path, part, got.body)
 					}

@@ -113,7 +113,10 @@ func (m *Mirror) Admin() http.Handler {
 func (m *Mirror) serveReady(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write([]byte("ok\n"))
 	for _, c := range m.pool.All() {
-		for _, h := range c.Health() {
+		for i, h := range c.Health() {
+			if left := time.Until(h.HeldUntil); i == 0 && left > 0 {
+				_, _ = w.Write([]byte(c.Registry() + ": upstream " + c.Upstream() + " is not asked for another " + left.Round(time.Second).String() + ": it answered 429\n"))
+			}
 			if h.State != "closed" {
 				line := c.Registry() + ": upstream " + c.Upstream() + " " + h.Class + " " + h.State + " since " + h.Since.UTC().Format(time.RFC3339) + ": " + h.Reason + "\n"
 				_, _ = w.Write([]byte(line))

@@ -263,7 +263,7 @@ func (m *Mirror) logRequest(r *http.Request, t target, w *response, started time
 		slog.String("kind", t.kind.String()),
 		slog.Int("status", w.status),
 		slog.Int64("size", w.sent),
-		slog.Duration("duration", duration),
+		slog.Float64("duration", duration.Seconds()),
 		slog.String("cache", w.cache),
 		slog.String("client", r.RemoteAddr),
 	}

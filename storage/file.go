@@ -177,6 +177,11 @@ func allocate(file *os.File, size int64) error {
 	}
 	var serr error
 	err = conn.Control(func(fd uintptr) {
+		var disk unix.Statfs_t // fallocate would take all that there is before it says that it is not enough
+		if err := unix.Fstatfs(int(fd), &disk); err == nil && uint64(size) > disk.Bavail*uint64(disk.Bsize) {
+			serr = unix.ENOSPC
+			return
+		}
 		serr = ignoreEINTR(func() error { return unix.Fallocate(int(fd), unix.FALLOC_FL_KEEP_SIZE, 0, size) })
 	})
 	if err != nil {

@@ -96,6 +96,9 @@ func TestF20ParkedIngestIsResumed(t *testing.T) {
 				t.Error("committed afterwards")
 			}
 			wantAbsent(t, d, app, dgst)
+			if parked := len(parkedFiles(t, d)) > 0; parked != test.parked {
+				t.Errorf("parked: %v", parked)
+			}
 			if test.parked {
 				wantResumed(t, d, raw, test.wrote)
 			} else {
@@ -119,6 +122,11 @@ func TestF20ParkedAgainAndAgain(t *testing.T) {
 	}
 	wantResumed(t, d, raw, 8_200_000)
 	wantEmpty(t, d, "tmp")
+	d.parking.Lock()
+	defer d.parking.Unlock()
+	if len(d.parked) > 0 {
+		t.Error("what was taken up is still in memory")
+	}
 }
 
 func TestParkedIsOnlyForTheSame(t *testing.T) {
@@ -222,6 +230,48 @@ func TestF63ParkedSurvivesRestart(t *testing.T) {
 			})
 		})
 	}
+}
+
+// interrupt is a context that somebody is at work in while it is asked for the first time.
+type interrupt struct {
+	context.Context
+	work func()
+}
+
+func (i *interrupt) Err() error {
+	if i.work != nil {
+		i.work()
+		i.work = nil
+	}
+	return nil
+}
+
+func TestHashOfParkedHasOneOwner(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t, t.TempDir())
+		synctest.Wait() // nothing else hashes any more
+		raw, dgst := content(3 << 20)
+		park(t, d, raw, 2<<20)
+		name := filepath.Base(parkedFiles(t, d)[0])
+		known := d.parked[name]
+		d.rehash(t.Context())
+		if d.parked[name] != known || known.hashed != 2<<20 {
+			t.Error("what this process has hashed was hashed again")
+		}
+		clear(d.parked)
+		var in *Ingest
+		d.rehash(&interrupt{t.Context(), func() { in = begin(t, d, dgst, int64(len(raw))) }})
+		if in.hashed == 0 || in.hashed == in.Written() {
+			t.Errorf("%d of %d bytes were hashed", in.hashed, in.Written())
+		}
+		write(t, in, raw[in.Written():])
+		if err := commit(in, anonymous); err != nil {
+			t.Error(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // Whoever asks while what is parked is hashed goes on at once.
@@ -363,9 +413,13 @@ func TestParkedGivesWay(t *testing.T) {
 		if left := parkedFiles(t, d); len(left) > 0 || len(d.parked) > 0 {
 			t.Errorf("%v are left, %d in memory", left, len(d.parked))
 		}
-		// What cannot be stored at all is no reason.
+		// A disk that fails, and what cannot be stored at all, are no reason.
 		room(99)
 		park(t, d, blobs[2], worthParking)
+		d.allocate = func(*os.File, int64) error { return syscall.EIO }
+		if _, err := d.Ingest(app, dgst, 2<<20); !errors.Is(err, syscall.EIO) || len(parkedFiles(t, d)) != 1 {
+			t.Error(err, parkedFiles(t, d))
+		}
 		if _, err := d.Ingest(app, dgst, 1<<40); !errors.Is(err, ErrTooLarge) || len(parkedFiles(t, d)) != 1 {
 			t.Error(err, parkedFiles(t, d))
 		}
@@ -480,25 +534,31 @@ func changeFile(path string, change func(*os.File) error) error {
 
 // A file that is cut while its ingest goes on is the disk's fault, and not parked again.
 func TestParkedIsCutWhileItIsReadBack(t *testing.T) {
-	dir := t.TempDir()
-	d := open(t, dir)
-	raw, dgst := content(9 << 20)
-	park(t, d, raw, 8<<20)
-	clear(d.parked)
-	in := begin(t, d, dgst, int64(len(raw)))
-	if err := os.Truncate(filepath.Join(dir, "tmp", in.name), 10); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := in.file.Seek(0, io.SeekEnd); err != nil {
-		t.Fatal(err)
-	}
-	_, err := in.Write(raw[8<<20:][:1000])
-	if !errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrMismatch) {
-		t.Errorf("%v, want io.ErrUnexpectedEOF", err)
-	}
-	in.Park(errCut)
-	wantEmpty(t, d, "tmp")
-	wantResumed(t, d, raw, 0)
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		d := open(t, dir)
+		synctest.Wait() // nothing else hashes any more
+		raw, dgst := content(9 << 20)
+		park(t, d, raw, 8<<20)
+		clear(d.parked)
+		in := begin(t, d, dgst, int64(len(raw)))
+		if err := os.Truncate(filepath.Join(dir, "tmp", in.name), 10); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.file.Seek(0, io.SeekEnd); err != nil {
+			t.Fatal(err)
+		}
+		_, err := in.Write(raw[8<<20:][:1000])
+		if !errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrMismatch) {
+			t.Errorf("%v, want io.ErrUnexpectedEOF", err)
+		}
+		in.Park(errCut)
+		wantEmpty(t, d, "tmp")
+		wantResumed(t, d, raw, 0)
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 func TestH43HostileParked(t *testing.T) {

@@ -39,6 +39,9 @@ nobody has ever pulled.`,
 		Example: `  breakwater serve                                  # Docker Hub, quay.io, ghcr.io and more on 127.0.0.1:5000
   breakwater serve --config breakwater.yaml
   breakwater config example > breakwater.yaml       # a commented configuration to begin with`,
+		Version:       version,
+		Args:          noArguments,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

@@ -10,7 +10,10 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -88,7 +91,7 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		return fmt.Errorf("listen for admin: %w", err)
 	}
 	defer admin.Close()
-	capacity, err := cfg.Capacity.In(cfg.Data)
+	capacity, err := capacityOf(cfg)
 	if err != nil {
 		return fmt.Errorf("capacity: %w", err)
 	}
@@ -122,6 +125,28 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	err = untilStopped(ctx, signals, failed, func() { reload(load, cfg, mirror, logger) })
 	stop(servers, mirror, logger)
 	return err
+}
+
+// capacityOf is the store's capacity in bytes. Automatic, it stays what it was at the first start: what
+// is free later depends on what the store holds by then.
+func capacityOf(cfg *config.Config) (int64, error) {
+	if cfg.Capacity != (config.Size{}) {
+		return cfg.Capacity.In(cfg.Data)
+	}
+	file := filepath.Join(cfg.Data, "CAPACITY")
+	if raw, err := os.ReadFile(file); err == nil {
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(raw)), 10, 64); err == nil && n > 0 {
+			return n, nil
+		}
+	}
+	n, err := cfg.Capacity.In(cfg.Data)
+	if err != nil {
+		return 0, err
+	}
+	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+		return 0, err
+	}
+	return n, os.WriteFile(file, []byte(strconv.FormatInt(n, 10)+"\n"), 0o600)
 }
 
 // untilStopped returns nil on a signal to stop, or what a listener failed with.

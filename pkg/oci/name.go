@@ -6,6 +6,7 @@ package oci
 import (
 	_ "crypto/sha256" // the two digest algorithms of the OCI image specification
 	_ "crypto/sha512"
+	"log/slog"
 	"net/netip"
 	"strings"
 
@@ -25,6 +26,9 @@ type Repository struct{ Registry, Name string }
 
 // String is the name as people write it: quay.io/org/app.
 func (r Repository) String() string { return r.Registry + "/" + r.Name }
+
+// LogValue is String.
+func (r Repository) LogValue() slog.Value { return slog.StringValue(r.String()) }
 
 // Reference names one manifest or blob of a repository. A tag and a digest exclude each other;
 // blobs are always named by digest.

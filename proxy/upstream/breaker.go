@@ -378,7 +378,10 @@ func (b *breaker) examine(ctx context.Context) (verdict, string) {
 	case errors.Is(err, errNoProbe) || ctx.Err() != nil:
 		return excluded, ""
 	}
-	return probeFailed, fmt.Sprintf("probe: %v", err)
+	if e := new(Error); errors.As(err, &e) {
+		return probeFailed, e.Reason
+	}
+	return probeFailed, err.Error()
 }
 
 func (b *breaker) lock() State {

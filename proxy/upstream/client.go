@@ -53,10 +53,22 @@ type Client struct {
 	hold     *hold
 	recovery *recovery
 	breakers [3]*breaker // by class
-	failing  [3]atomic.Pointer[time.Time]
+	failing  [3]atomic.Pointer[streak]
 	good     [2]atomic.Pointer[oci.Reference] // last content had: a manifest, a blob; for the probes
 	shunned  shunned
 	counts   [3]counter
+}
+
+// streak is since when there have been only failures, and the last of them. One long after the last
+// begins anew.
+type streak struct{ since, last time.Time }
+
+func (c *Client) failedNow(class class) {
+	now := streak{time.Now(), time.Now()}
+	if old := c.failing[class].Load(); old != nil && now.last.Sub(old.last) < window {
+		now.since = old.since
+	}
+	c.failing[class].Store(&now)
 }
 
 // counter counts the requests of one class by what they came to.
@@ -83,6 +95,7 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 			logger: p.settings.Logger.With("registry", cfg.Registry, "upstream", base.Host, "class", class.String()),
 			onChange: func(s State) {
 				if s.Name == stateClosed {
+					c.failing[class].Store(nil)
 					c.recovery.begin()
 				}
 			},
@@ -102,8 +115,9 @@ type Health struct {
 	Class                       string // token, manifest or blob
 	State                       string // of the breaker: closed, open or half-open
 	Since                       time.Time
-	Reason                      string // of the latest failure, "" while closed
-	Succeeded, Failed, Excluded int64  // requests so far
+	Reason                      string    // of the latest failure, "" while closed
+	HeldUntil                   time.Time // a 429 has asked for: nothing is asked before
+	Succeeded, Failed, Excluded int64     // requests so far
 }
 
 // Health tells of each class.
@@ -111,7 +125,8 @@ func (c *Client) Health() []Health {
 	var all []Health
 	for class := classToken; class <= classBlob; class++ {
 		state, n := c.breakers[class].state(), &c.counts[class]
-		all = append(all, Health{class.String(), state.Name, state.Since, state.Reason, n.succeeded.Load(), n.failed.Load(), n.excluded.Load()})
+		held := time.Now().Add(c.hold.left(time.Now()))
+		all = append(all, Health{class.String(), state.Name, state.Since, state.Reason, held, n.succeeded.Load(), n.failed.Load(), n.excluded.Load()})
 	}
 	return all
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"syscall"
 	"time"
 )
 
@@ -80,6 +81,9 @@ func (c *Client) failed(ctx context.Context, class class, err error) *Error {
 		e.Reason, e.verdict = "not waited for", excluded // the client's hurry is not the upstream's fault
 	case errors.As(err, &dial):
 		e.Reason, e.verdict = dial.Phase+" failed", hostFailure
+		if errno := syscall.Errno(0); errors.As(err, &errno) {
+			e.Reason += ": " + errno.Error()
+		}
 	case errors.As(err, &alert):
 		e.Reason, e.verdict = "tls failed", hostFailure
 	case errors.As(err, &network) && network.Timeout():

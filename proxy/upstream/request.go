@@ -85,16 +85,15 @@ func (c *Client) settler(class class, settle func(verdict, string)) func(error) 
 		case excluded:
 			c.counts[class].excluded.Add(1)
 		default:
-			now := time.Now()
-			c.failing[class].CompareAndSwap(nil, &now)
+			c.failedNow(class)
 			c.counts[class].failed.Add(1)
 		}
 		settle(e.verdict, e.Reason)
 		if dial := new(DialError); e.verdict == hostFailure && errors.As(e, &dial) {
 			c.pool.hostFailed(dial.Host, e.Reason, c.breakers[class])
 		}
-		if since := c.failing[class].Load(); since != nil && e.Outage() {
-			e.Since = *since
+		if failing := c.failing[class].Load(); failing != nil && e.Outage() {
+			e.Since = failing.since
 		}
 		if e.Class == class.String() { // else the trouble was the token service's
 			e.State = c.breakers[class].state().Name
@@ -109,8 +108,8 @@ func (c *Client) refused(class class, err error) *Error {
 	if errors.As(err, &open) {
 		e.Reason, e.State, e.Since, e.RetryAfter = open.Reason, open.State, open.Since, max(time.Until(open.Until), time.Second)
 	}
-	if since := c.failing[class].Load(); since != nil && (e.Since.IsZero() || since.Before(e.Since)) {
-		e.Since = *since
+	if failing := c.failing[class].Load(); failing != nil && (e.Since.IsZero() || failing.since.Before(e.Since)) {
+		e.Since = failing.since
 	}
 	return e
 }
@@ -143,6 +142,7 @@ func (c *Client) judge(class class, resp *http.Response) error {
 		e.Kind, e.verdict = NotFound, success
 	case status == http.StatusTooManyRequests:
 		e.Kind, e.RetryAfter = Throttled, c.pool.hold(resp.Request.URL.Host+"\x00"+c.Credential()).extend(resp.Header, time.Now())
+		c.pool.settings.Logger.Warn("upstream asks us to wait", "upstream", resp.Request.URL.Host, "seconds", e.RetryAfter.Seconds())
 	case elsewhere && (status == http.StatusForbidden || status == http.StatusUnauthorized):
 		// An expired signature: no refusal, and nobody's fault unless a new redirect has it too.
 	case status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusUnavailableForLegalReasons:
