@@ -52,11 +52,24 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 		return err
 	}
 	defer func() { t.ingest.Abort(errPanicked) }() // does nothing once it has ended
-	if err = m.bring(ctx, t); err == nil {
+	if t.ingest.Written() > 0 {                    // parked by an earlier fill
+		if t.ingest.Written() == t.size || m.resume(ctx, t) {
+			t.mixed = true
+		} else { // begin anew, with the body that is open
+			t.ingest.Abort(errPanicked)
+			if t.ingest, err = m.store.Ingest(src.ref.Repository, f.dgst, t.size); err != nil {
+				return err
+			}
+		}
+	}
+	if t.ingest.Written() != t.size {
+		err = m.bring(ctx, t)
+	}
+	if err == nil {
 		err = t.ingest.Verify()
 	}
 	if err != nil {
-		t.ingest.Abort(err)
+		t.ingest.Park(err) // the next request goes on from there, unless what came is wrong
 		if errors.Is(err, storage.ErrMismatch) {
 			if !t.mixed { // else nobody knows who lied
 				t.src.client.Mismatch(t.src.ref)

@@ -177,8 +177,11 @@ func allocate(file *os.File, size int64) error {
 	}
 	var serr error
 	err = conn.Control(func(fd uintptr) {
-		var disk unix.Statfs_t // fallocate would take all that there is before it says that it is not enough
-		if err := unix.Fstatfs(int(fd), &disk); err == nil && uint64(size) > disk.Bavail*uint64(disk.Bsize) {
+		// fallocate would take all that there is before it says that it is not enough.
+		var disk unix.Statfs_t
+		var own unix.Stat_t
+		if unix.Fstatfs(int(fd), &disk) == nil && unix.Fstat(int(fd), &own) == nil &&
+			size-own.Blocks*512 > int64(disk.Bavail)*disk.Bsize {
 			serr = unix.ENOSPC
 			return
 		}
