@@ -79,7 +79,7 @@ func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
 func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
 	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (int64, error) {
-		return first(ctx, m, ref.Registry, func(ctx context.Context, client *upstream.Client) (int64, error) {
+		return first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (int64, error) {
 			size, err := client.StatBlob(ctx, ref)
 			if err == nil && m.store.StoredFrom(ref.Digest, client.Upstream()) {
 				m.confirm(client, ref)

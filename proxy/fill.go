@@ -51,7 +51,7 @@ type source struct {
 // joinFill returns the fill of ref's digest with ref's sources among its own, and begins one if there
 // is none.
 func (m *Mirror) joinFill(ref oci.Reference) (*fill, error) {
-	clients, err := m.upstreams(ref.Registry)
+	clients, err := m.upstreams(ref)
 	if err != nil {
 		return nil, err
 	}

@@ -89,7 +89,7 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 		have.patience = min(have.patience, referrersPatience)
 	}
 	q := m.lists.join(m.asking, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
-		answer, err := first(ctx, m, t.ref.Registry, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
+		answer, err := first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
 			answer, err := ask(ctx, client, t, path)
 			answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
 			return answer, err

@@ -41,7 +41,7 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
 	q := m.manifests.join(m.asking, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
-		return first(ctx, m, t.ref.Registry, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
+		return first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
 			return m.fetchManifest(ctx, client, t.ref)
 		})
 	})

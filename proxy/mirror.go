@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -193,12 +194,19 @@ func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
 	return err
 }
 
-// upstreams are those of a registry, in the order in which they are asked. parse has seen to it that
-// there is one, unless the configuration has just lost it.
-func (m *Mirror) upstreams(registry string) ([]*upstream.Client, error) {
-	clients := m.pool.Clients(registry)
+// upstreams are those of a reference's registry, in the order in which they are asked: what is not a
+// digest concerns only those who are trusted with tags. parse has seen to it that there is one, unless
+// the configuration has just lost it.
+func (m *Mirror) upstreams(ref oci.Reference) ([]*upstream.Client, error) {
+	clients := slices.Clone(m.pool.Clients(ref.Registry))
 	if len(clients) == 0 {
-		return nil, fmt.Errorf("registry %s has no upstream", registry)
+		return nil, fmt.Errorf("registry %s has no upstream", ref.Registry)
+	}
+	if ref.Digest == "" {
+		clients = slices.DeleteFunc(clients, func(c *upstream.Client) bool { return !c.AnswersTags() })
+	}
+	if len(clients) == 0 {
+		return nil, &upstream.Error{Reason: "it has only upstreams with tags: false"}
 	}
 	return clients, nil
 }
@@ -212,9 +220,9 @@ func askAll[T any](m *Mirror, clients []*upstream.Client, ask func(context.Conte
 	}}
 }
 
-// first is the answer of the first upstream of the registry that has one.
-func first[T any](ctx context.Context, m *Mirror, registry string, ask func(context.Context, *upstream.Client) (T, error)) (T, error) {
-	clients, err := m.upstreams(registry)
+// first is the answer of the first upstream of the reference's registry that has one.
+func first[T any](ctx context.Context, m *Mirror, ref oci.Reference, ask func(context.Context, *upstream.Client) (T, error)) (T, error) {
+	clients, err := m.upstreams(ref)
 	if err != nil {
 		var none T
 		return none, err

@@ -55,6 +55,8 @@ type race[T any] struct {
 	ask  func(ctx context.Context, i int) (T, error)
 	drop func(T) // of what comes too late; nil if nothing has to be done
 
+	ended []chan struct{} // each closed when that one is done
+
 	mu      sync.Mutex // guards what follows
 	decided bool
 	errs    []error // nil while it is asked
@@ -70,7 +72,10 @@ type finish[T any] struct {
 
 // run returns the answer and who gave it. If nobody does, the error is worst's.
 func (r *race[T]) run(ctx context.Context) (T, int, error) {
-	r.errs, r.results = make([]error, r.n), make(chan finish[T], r.n)
+	r.errs, r.results, r.ended = make([]error, r.n), make(chan finish[T], r.n), make([]chan struct{}, r.n)
+	for i := range r.ended {
+		r.ended[i] = make(chan struct{})
+	}
 	limit := waitBeforeNext
 	if r.n > 1 {
 		limit = min(limit, waitForAll/time.Duration(r.n-1))
@@ -117,8 +122,9 @@ func (r *race[T]) start(ctx context.Context, i int) *progress {
 	p := new(progress)
 	p.note()
 	begun := r.tasks.start(func(life context.Context) {
-		answer, err := r.ask(httptrace.WithClientTrace(detached{life, ctx}, p.trace()), i)
-		r.end(finish[T]{i, answer, err})
+		f := finish[T]{i: i, err: errPanicked}
+		defer func() { r.end(f) }() // also when ask panics: nobody may wait for ever
+		f.answer, f.err = r.ask(httptrace.WithClientTrace(detached{life, ctx}, p.trace()), i)
 	})
 	if !begun {
 		r.end(finish[T]{i: i, err: errClosed})
@@ -132,6 +138,7 @@ func (r *race[T]) end(f finish[T]) {
 	r.decided = r.decided || f.err == nil
 	r.errs[f.i] = f.err
 	r.mu.Unlock()
+	close(r.ended[f.i])
 	switch {
 	case !late:
 		r.results <- f // there is room for all
@@ -140,12 +147,18 @@ func (r *race[T]) end(f finish[T]) {
 	}
 }
 
-// refusedBefore reports whether all that come before i have answered that they do not have it, or
-// not for us: none of them is out.
-func (r *race[T]) refusedBefore(i int) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, err := range r.errs[:i] {
+// refusedBefore waits for all that come before i, and reports whether they have answered that they do
+// not have it, or not for us: none of them is out.
+func (r *race[T]) refusedBefore(ctx context.Context, i int) bool {
+	for before := range i {
+		select {
+		case <-r.ended[before]:
+		case <-ctx.Done():
+			return false
+		}
+		r.mu.Lock()
+		err := r.errs[before]
+		r.mu.Unlock()
 		up := new(upstream.Error)
 		if !errors.As(err, &up) || up.Outage() {
 			return false

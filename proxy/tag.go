@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"breakwater/pkg/config"
@@ -127,25 +128,23 @@ func (t target) tooStale(err error, age time.Duration) error {
 // askTag asks the upstreams what a tag names, and makes that the record. The manifest is stored before
 // the record names it. What was fetched is answered even if the disk would not have it.
 func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, error) {
-	clients, err := m.upstreams(ref.Registry)
+	clients, err := m.upstreams(ref)
 	if err != nil {
 		return resolution{}, err
 	}
-	r := askAll(m, clients, func(ctx context.Context, client *upstream.Client) (resolution, error) {
-		return m.resolveAt(ctx, client, ref)
+	var r *race[resolution]
+	r = askAll(m, clients, func(ctx context.Context, client *upstream.Client) (resolution, error) {
+		answer, err := m.resolveAt(ctx, client, ref)
+		if err == nil && m.turnsBack(ref, answer) && !r.refusedBefore(ctx, slices.Index(clients, client)) {
+			err = &upstream.Error{Upstream: client.Upstream(), Class: "manifest", Reason: "names another digest, and who comes first is out"}
+		}
+		return answer, err
 	})
 	answer, i, err := r.run(ctx)
-	if err != nil {
-		return answer, err
-	}
-	if !r.refusedBefore(i) && m.turnsBack(ref, answer) {
-		return answer, &upstream.Error{Upstream: clients[0].Upstream(), Class: "manifest",
-			Reason: "does not answer, and upstream " + clients[i].Upstream() + " names another digest"}
-	}
-	if answer.durable {
+	if err == nil && answer.durable {
 		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: answer.at, Upstream: clients[i].Upstream()})
 	}
-	return answer, nil
+	return answer, err
 }
 
 // turnsBack reports whether an answer may be that of a lagging copy: it is another than the stored

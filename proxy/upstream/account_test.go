@@ -281,6 +281,19 @@ func TestECRTokenIsRenewedEarly(t *testing.T) {
 	})
 }
 
+func TestAccountsHaveIdentities(t *testing.T) {
+	seen := map[string]Account{}
+	for _, account := range []Account{{}, {Username: "robot"}, {Username: "helper"}, {Username: "ecr"}, {Helper: "robot"}, {Helper: "other"}, {ECR: "us-east-1"}, {ECR: "us-east-2"}, {DockerConfig: "robot"}, {DockerConfig: "/other"}} {
+		if other, twice := seen[account.id()]; twice {
+			t.Errorf("%+v and %+v are both %q", account, other, account.id())
+		}
+		seen[account.id()] = account
+	}
+	if (Account{}).id() != "" {
+		t.Error("nobody has an identity")
+	}
+}
+
 // Accounts of one host share neither secrets, tokens nor pauses.
 func TestH34AccountsAreKeptApart(t *testing.T) {
 	helpers(t, "quay.test robot pw-of-robot")
@@ -327,6 +340,44 @@ func TestH34AccountsAreKeptApart(t *testing.T) {
 	})
 }
 
+// Whatever the way that a credential was found, it goes to the first origin alone.
+func TestH32NoAccountFollowsARedirect(t *testing.T) {
+	helpers(t, "quay.test robot pw-of-robot")
+	file := filepath.Join(t.TempDir(), "config.json")
+	if err := os.WriteFile(file, []byte(`{"auths":{"quay.test":{"auth":"`+encoded("other", "pw-of-other")+`"}}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, scheme := range []string{"Basic", "Bearer"} {
+		guard(t, registrytest.Auth{Scheme: scheme, Service: "quay", Users: map[string]string{"robot": "pw-of-robot", "other": "pw-of-other"}}, func(g *guarded) {
+			var told atomic.Int32
+			hop := func(host, next string) {
+				g.listen(host, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if len(r.Header["Authorization"]) > 0 || len(r.Header["Cookie"]) > 0 || len(r.Header["Referer"]) > 0 {
+						t.Errorf("%s was told %v", host, r.Header)
+					}
+					told.Add(1)
+					http.Redirect(w, r, next, http.StatusTemporaryRedirect)
+				}))
+			}
+			hop("b.example:443", "https://sub.quay.test/2")
+			hop("sub.quay.test:443", "https://quay.test:8443/3")
+			hop("quay.test:8443", "https://nowhere.example/4")
+			g.use(Config{Registry: "one", URL: "https://quay.test", Account: Account{Helper: "test"}}, Config{Registry: "two", URL: "https://quay.test", Account: Account{DockerConfig: file}})
+			for _, registry := range []string{"one", "two"} {
+				if err := g.ask(registry, "org/a"); err != nil {
+					g.Fatal(err)
+				}
+				remove := g.Fault(registrytest.Match{Kind: registrytest.KindManifest}, registrytest.Status(http.StatusTemporaryRedirect, "Location", "https://b.example/1"))
+				_ = g.ask(registry, "org/a")
+				remove()
+			}
+			if n := told.Load(); n != 6 {
+				g.Errorf("%d hops, want 6", n)
+			}
+		})
+	}
+}
+
 // TestSecretsAreInNoOutput makes everything go wrong that has to do with accounts, and searches what
 // was said of it.
 func TestSecretsAreInNoOutput(t *testing.T) {
@@ -350,6 +401,14 @@ func TestSecretsAreInNoOutput(t *testing.T) {
 		"helper":   {Helper: "test"},
 		"ecr":      {ECR: "eu-west-1"},
 	}
+	streams, err := os.Create(filepath.Join(dir, "streams"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer streams.Close()
+	stdout, stderr := os.Stdout, os.Stderr
+	os.Stdout, os.Stderr = streams, streams
+	defer func() { os.Stdout, os.Stderr = stdout, stderr }()
 	var said bytes.Buffer
 	synctest.Test(t, func(t *testing.T) {
 		network := registrytest.NewNetwork()
@@ -391,6 +450,11 @@ func TestSecretsAreInNoOutput(t *testing.T) {
 			fmt.Fprintln(&said, err)
 		}
 	})
+	printed, err := os.ReadFile(streams.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	said.Write(printed)
 	for _, secret := range []string{"canary", "AKID", encoded("robot", "canary-1"), encoded("robot", "canary-6"), encoded("robot", "canary-7"), "Basic ", "Bearer "} {
 		if i := strings.Index(said.String(), secret); i >= 0 {
 			t.Errorf("%q is told: %s", secret, said.String()[max(0, i-300):min(said.Len(), i+50)])

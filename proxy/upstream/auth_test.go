@@ -266,7 +266,8 @@ func TestH34PublicSuffixesAreNoDomain(t *testing.T) {
 		if trusted := err == nil && c.auth.trusts(u); trusted != (base == "https://quay") {
 			t.Errorf("%s trusts %s: %v", base, realm, trusted)
 		}
-		c.close()
+		c.retire()
+		c.auth.close()
 	}
 }
 

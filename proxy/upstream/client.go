@@ -142,8 +142,8 @@ func (c *Client) Credential() string {
 // AnswersTags reports whether the upstream may say what a tag names; it is asked for digests if not.
 func (c *Client) AnswersTags() bool { return !c.cfg.DigestsOnly }
 
-func (c *Client) close() {
-	c.auth.close()
+// retire ends the probes. What was begun may go on, tokens included.
+func (c *Client) retire() {
 	for _, b := range c.breakers {
 		b.close()
 	}

@@ -1,6 +1,7 @@
 // Package upstream hides how one upstream registry is asked: connections and whom they may reach,
 // credentials and tokens, the bounds of every phase, and the breakers that keep a sick upstream from
-// being asked at all. Whatever an upstream does, an answer or an *Error comes within ten seconds.
+// being asked at all. Every hop of a request ends within ten seconds, and a body that stalls within
+// fifteen, whatever an upstream does.
 package upstream
 
 import (
@@ -23,6 +24,7 @@ const (
 	idleTimeout      = 90 * time.Second
 	maxHeaderBytes   = 64 << 10 // signed redirects are long, nothing else is
 	maxAnyRegistry   = 1000     // registries that only any_registry made known
+	maxHolds         = 10_000   // hosts that have answered 429
 )
 
 // Settings are what all upstreams of a process share.
@@ -40,8 +42,10 @@ type Pool struct {
 	settings Settings
 	refused  atomic.Int64 // connections, by the guard
 
-	mu      sync.Mutex // guards what follows; nothing is called under it
-	clients map[string][]*Client
+	mu      sync.Mutex           // guards what follows; nothing is called under it
+	clients map[string][]*Client // of the configured registries
+	guests  map[string]*Client   // of those that only any_registry lets in
+	retired []*Client            // no longer configured; what they began may go on
 	known   map[string]bool      // host:port of the configured upstreams
 	holds   map[string]*hold     // 429, by host and credential
 	back    map[string]*recovery // by host:port
@@ -54,12 +58,13 @@ func NewPool(settings Settings) *Pool {
 	if settings.Logger == nil {
 		settings.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Pool{settings: settings, clients: map[string][]*Client{}, known: map[string]bool{}, holds: map[string]*hold{}, back: map[string]*recovery{}}
+	return &Pool{settings: settings, clients: map[string][]*Client{}, guests: map[string]*Client{}, known: map[string]bool{}, holds: map[string]*hold{}, back: map[string]*recovery{}}
 }
 
 // Use makes these the upstreams of the pool, in order within their registry. An upstream that it
-// already had, unchanged, keeps its breakers and tokens. With anyRegistry set, registries that are
-// not named here are asked at https://REGISTRY, if that is a public address.
+// already had, unchanged, keeps its breakers and tokens; one that it has no more finishes what it has
+// begun. With anyRegistry set, registries that are not named here are asked at https://REGISTRY, if that
+// is a public address.
 func (p *Pool) Use(configs []Config, anyRegistry AnyRegistry) error {
 	next, known := map[string][]*Client{}, map[string]bool{}
 	p.mu.Lock()
@@ -84,9 +89,16 @@ func (p *Pool) Use(configs []Config, anyRegistry AnyRegistry) error {
 	}
 	p.mu.Lock()
 	p.clients, p.known, p.any = next, known, bool(anyRegistry)
+	for registry, c := range p.guests {
+		if next[registry] != nil || !p.any {
+			delete(p.guests, registry)
+			have = append(have, c)
+		}
+	}
+	p.retired = append(p.retired, have...)
 	p.mu.Unlock()
 	for _, c := range have {
-		c.close()
+		c.retire()
 	}
 	return nil
 }
@@ -98,26 +110,50 @@ type AnyRegistry bool
 // registry that is not configured.
 func (p *Pool) Clients(registry string) []*Client {
 	p.mu.Lock()
-	list := p.clients[registry]
-	settled := list != nil || !p.any || p.closed || len(p.clients) >= maxAnyRegistry
+	list, guest := p.clients[registry], p.guests[registry]
+	closed := !p.any || p.closed
 	p.mu.Unlock()
-	if settled {
+	if list != nil || closed {
 		return list
 	}
+	if guest == nil {
+		guest = p.invite(registry)
+	}
+	if guest == nil {
+		return nil
+	}
+	return []*Client{guest}
+}
+
+// invite makes a client for a registry that is not configured. There is room for maxAnyRegistry of
+// them; beyond that any other one has to go.
+func (p *Pool) invite(registry string) *Client {
 	c, err := newClient(p, Config{Registry: registry, URL: "https://" + registry})
 	if err != nil {
 		return nil
 	}
+	var gone *Client
 	p.mu.Lock()
-	if p.clients[registry] == nil && p.any && !p.closed {
-		p.clients[registry], c = []*Client{c}, nil
+	if faster := p.guests[registry]; faster != nil || p.closed {
+		gone, c = c, faster
+	} else {
+		if len(p.guests) >= maxAnyRegistry {
+			for name, other := range p.guests {
+				delete(p.guests, name)
+				gone = other
+				break
+			}
+		}
+		p.guests[registry] = c
 	}
-	list = p.clients[registry]
+	if gone != nil {
+		p.retired = append(p.retired, gone)
+	}
 	p.mu.Unlock()
-	if c != nil { // somebody else was faster
-		c.close()
+	if gone != nil {
+		gone.retire()
 	}
-	return list
+	return c
 }
 
 // All returns every client, in no order.
@@ -128,6 +164,9 @@ func (p *Pool) All() []*Client {
 	for _, list := range p.clients {
 		all = append(all, list...)
 	}
+	for _, c := range p.guests {
+		all = append(all, c)
+	}
 	return all
 }
 
@@ -135,9 +174,11 @@ func (p *Pool) All() []*Client {
 func (p *Pool) Close() {
 	p.mu.Lock()
 	p.closed = true
+	retired := p.retired
 	p.mu.Unlock()
-	for _, c := range p.All() {
-		c.close()
+	for _, c := range append(p.All(), retired...) {
+		c.retire()
+		c.auth.close()
 	}
 }
 
@@ -155,6 +196,9 @@ func (p *Pool) configured(hostport string) bool {
 func (p *Pool) hold(key string) *hold {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(p.holds) > maxHolds {
+		clear(p.holds) // an upstream may redirect to any number of hosts; the clients keep their own
+	}
 	if p.holds[key] == nil {
 		p.holds[key] = &hold{}
 	}

@@ -95,9 +95,9 @@ func TestF71OneRegistryOfARegionalMirror(t *testing.T) {
 			if err := g.ask("dead", repo); err == nil {
 				g.Error("no error")
 			}
-			if err := g.ask("well", "a"); err != nil {
-				g.Errorf("well: %v", err)
-			}
+		}
+		if err := g.ask("well", "a"); err != nil {
+			g.Errorf("well: %v", err)
 		}
 		states := map[string]string{}
 		for _, c := range g.pool.All() {
