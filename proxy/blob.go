@@ -30,8 +30,13 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		if r.Method == http.MethodHead {
 			return m.statBlob(w, r, t) // HEAD never downloads
 		}
-		if blob, err = m.missBlob(r.Context(), t.ref); err != nil {
+		var f *fill
+		if blob, f, err = m.missBlob(r.Context(), t.ref); err != nil {
 			return t.answerFor(r.Context(), err)
+		}
+		if far, ok := f.far(r, blob.Size()); ok {
+			defer blob.Close()
+			return m.sendFar(w, r, t, far)
 		}
 	}
 	if err != nil {
@@ -54,26 +59,28 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 
 // missBlob is the blob from upstream. What is stored, but not known to be in this repository, only has
 // to be confirmed; all else is filled. All of it has one headerBudget.
-func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, error) {
+func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, *fill, error) {
 	patience, cancel := context.WithTimeout(ctx, headerBudget)
 	defer cancel()
 	f, err := m.joinFill(ref)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	select {
 	case <-f.ready:
 	case <-patience.Done():
-		return nil, context.Cause(patience)
+		return nil, f, context.Cause(patience)
 	}
 	ingest, err := f.outcome(ref.Repository)
+	var blob *storage.Blob
 	switch {
 	case err != nil:
-		return nil, err
 	case ingest == nil:
-		return m.store.Blob(ref.Repository, ref.Digest)
+		blob, err = m.store.Blob(ref.Repository, ref.Digest)
+	default:
+		blob, err = ingest.Open(ctx)
 	}
-	return ingest.Open(ctx)
+	return blob, f, err
 }
 
 // askSize asks upstream for a blob's size, which also confirms it in this repository.

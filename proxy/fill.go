@@ -39,6 +39,7 @@ type fill struct {
 	ended   bool            // no source is taken on any more
 	ingest  *storage.Ingest // set when ready, unless err is
 	err     error           // set when ready, if no source had it
+	farNow  int             // ranges far ahead that are being passed on
 }
 
 // source is an upstream that may have the blob, in the name of a repository.
@@ -266,18 +267,4 @@ func (f *fill) outcome(repo oci.Repository) (*storage.Ingest, error) {
 		return nil, f.err
 	}
 	return f.ingest, nil
-}
-
-// awaitFill waits until a fill of ref can be read, or has nothing to read.
-func (m *Mirror) awaitFill(ctx context.Context, ref oci.Reference) (*fill, error) {
-	f, err := m.joinFill(ref)
-	if err != nil {
-		return nil, err
-	}
-	select {
-	case <-f.ready:
-		return f, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
 }

@@ -85,12 +85,10 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q
 	if !stored || errors.Is(refusal, errClientGone) {
 		return answer, provenance{}, refusal
 	}
-	outage := true
 	if up := new(upstream.Error); errors.As(err, &up) {
-		outage = up.Outage()
 		denied := up.Kind == upstream.Denied && rules.OnDenied == config.Refuse
 		gone := up.Kind == upstream.NotFound && rules.OnNotFound == config.Refuse
-		if denied || gone || (tooOld && !outage) {
+		if denied || gone || (tooOld && !up.Outage()) {
 			return answer, provenance{}, refusal
 		}
 	}

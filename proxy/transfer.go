@@ -53,7 +53,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 	}
 	defer func() { t.ingest.Abort(errPanicked) }() // does nothing once it has ended
 	if t.ingest.Written() > 0 {                    // parked by an earlier fill
-		if t.ingest.Written() == t.size || m.resume(ctx, t) {
+		if t.ingest.Written() == t.size || m.resume(ctx, t, t.order()) {
 			t.mixed = true
 		} else { // begin anew, with the body that is open
 			t.ingest.Abort(errPanicked)
@@ -79,7 +79,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 		return err
 	}
 	f.publish(t.ingest)
-	if err := t.ingest.Commit(m.confirmation(src.client, src.ref.Repository)); err != nil {
+	if err := t.ingest.Commit(m.confirmation(t.src.client, src.ref.Repository)); err != nil {
 		m.logger.Error("blob not stored", "digest", f.dgst, "err", err) // its readers have all of it
 	}
 	return nil
@@ -97,11 +97,15 @@ func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 			breaks, mark = 0, t.ingest.Written()
 		}
 		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.client.Upstream(), "size", t.ingest.Written(), "err", err)
+		if errors.Is(err, errSlow) {
+			m.resume(ctx, t, t.others()) // who drips goes on if nobody else does
+			continue
+		}
 		for resumed := false; !resumed; breaks++ {
 			if breaks == maxBreaks || !pause(ctx, breaks) {
 				return err
 			}
-			resumed = m.resume(ctx, t)
+			resumed = m.resume(ctx, t, t.order())
 		}
 	}
 }
@@ -119,26 +123,32 @@ func pause(ctx context.Context, breaks int) bool {
 	}
 }
 
-// resume opens the rest of the blob: at the next source, and the one that broke off last of all.
-func (m *Mirror) resume(ctx context.Context, t *transfer) bool {
-	t.mu.Lock()
-	at := slices.Index(t.sources, t.src)
-	order := slices.Concat(t.sources[at+1:], t.sources[:at+1])
-	t.mu.Unlock()
-	body, src, err := m.openBody(ctx, order, func(ctx context.Context, src *source) (*upstream.Body, error) {
-		return src.client.Resume(ctx, src.ref, t.ingest.Written())
+// resume opens the rest of the blob at one of these sources. Nothing has changed if none has it.
+func (m *Mirror) resume(ctx context.Context, t *transfer, sources []*source) bool {
+	at, size := t.ingest.Written(), t.size // those who lose still ask when it is written on
+	body, src, err := m.openBody(ctx, sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
+		body, err := src.client.Resume(ctx, src.ref, at)
+		if err == nil && body.Size >= 0 && body.Size != size {
+			body.Close()
+			return nil, src.lied(fmt.Errorf("%d bytes where another announced %d", body.Size, size))
+		}
+		return body, err
 	})
 	if err != nil {
 		return false
 	}
-	if body.Size >= 0 && body.Size != t.size {
-		body.Close()
-		return false
-	}
 	t.body.Close()
-	t.body, t.src, t.mixed = body, src, t.mixed || src != t.src
+	t.body, t.src, t.mixed = body, src, t.mixed || src != t.src && at > 0
 	m.metrics.resumes.Inc()
 	return true
+}
+
+// order is where to go on when the body has broken off: the next source, and last of all the same one.
+func (t *transfer) order() []*source {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	at := slices.Index(t.sources, t.src)
+	return slices.Concat(t.sources[at+1:], t.sources[:at+1])
 }
 
 // copy moves what the body has into the ingest, and lets readers in at the first byte that they may
@@ -165,7 +175,7 @@ func (t *transfer) copy(buf []byte) error {
 		}
 		brought += n
 		if time.Since(began) >= slowTime {
-			if brought < slowBytes && t.hasOther() {
+			if brought < slowBytes && len(t.others()) > 0 {
 				return errSlow
 			}
 			began, brought = time.Now(), 0
@@ -173,11 +183,11 @@ func (t *transfer) copy(buf []byte) error {
 	}
 }
 
-// hasOther reports whether another source than the present one may have the blob.
-func (t *transfer) hasOther() bool {
+// others are the sources besides the present one that may have the blob.
+func (t *transfer) others() []*source {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return slices.ContainsFunc(t.sources, func(s *source) bool { return s != t.src && s.err == nil })
+	return slices.DeleteFunc(slices.Clone(t.sources), func(s *source) bool { return s == t.src || s.err != nil })
 }
 
 // lied is the error of a source that sent other bytes than the digest names.

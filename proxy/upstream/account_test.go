@@ -359,15 +359,15 @@ func TestH32NoAccountFollowsARedirect(t *testing.T) {
 					http.Redirect(w, r, next, http.StatusTemporaryRedirect)
 				}))
 			}
-			hop("b.example:443", "https://sub.quay.test/2")
-			hop("sub.quay.test:443", "https://quay.test:8443/3")
-			hop("quay.test:8443", "https://nowhere.example/4")
+			hop("sub.quay.test:443", "https://quay.test:8443/2") // to which Go would forward it
+			hop("quay.test:8443", "https://b.example/3")
+			hop("b.example:443", "https://nowhere.example/4")
 			g.use(Config{Registry: "one", URL: "https://quay.test", Account: Account{Helper: "test"}}, Config{Registry: "two", URL: "https://quay.test", Account: Account{DockerConfig: file}})
 			for _, registry := range []string{"one", "two"} {
 				if err := g.ask(registry, "org/a"); err != nil {
 					g.Fatal(err)
 				}
-				remove := g.Fault(registrytest.Match{Kind: registrytest.KindManifest}, registrytest.Status(http.StatusTemporaryRedirect, "Location", "https://b.example/1"))
+				remove := g.Fault(registrytest.Match{Kind: registrytest.KindManifest}, registrytest.Status(http.StatusTemporaryRedirect, "Location", "https://sub.quay.test/1"))
 				_ = g.ask(registry, "org/a")
 				remove()
 			}

@@ -41,7 +41,8 @@ func TestF37RecoveryWithoutABurst(t *testing.T) {
 		defer g.Fault(registrytest.Match{Kind: registrytest.KindManifest}, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 			now := busy.Add(1)
 			defer busy.Add(-1)
-			for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
+			for was := most.Load(); now > was; was = most.Load() {
+				most.CompareAndSwap(was, now)
 			}
 			time.Sleep(500 * time.Millisecond)
 			served.Add(1)

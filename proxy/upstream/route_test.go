@@ -242,6 +242,34 @@ func TestH29RedirectHostsMayBePrivate(t *testing.T) {
 	}
 }
 
+// A registry that nobody has configured is reached at public addresses only, also through a proxy.
+func TestH29AnyRegistryIsPublic(t *testing.T) {
+	guard(t, registrytest.Auth{}, func(g *guarded) {
+		g.listen("inside.test:443", g.Registry)
+		g.network.SetHost("inside.test", registrytest.Host{Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.7")}})
+		if err := g.pool.Use(nil, true); err != nil {
+			g.Fatal(err)
+		}
+		for registry, want := range map[string]bool{"quay.test": true, "inside.test": false} {
+			if err := g.ask(registry, "org/a"); (err == nil) != want {
+				g.Errorf("%s: %v", registry, err)
+			}
+			if n := len(g.network.Dials(registry + ":443")); n > 0 != want {
+				g.Errorf("%s: dialled %d times", registry, n)
+			}
+		}
+	})
+	t.Setenv("HTTPS_PROXY", "http://proxy.test:3128")
+	proxied(t, "http", func(g *guarded, proxy *httpProxy) {
+		if err := g.pool.Use(nil, true); err != nil {
+			g.Fatal(err)
+		}
+		if err := g.ask("inside.test", "org/a"); err == nil || len(proxy.targets()) > 0 {
+			g.Errorf("%v, and the proxy was asked for %v", err, proxy.targets())
+		}
+	})
+}
+
 func TestH34TrustedRealms(t *testing.T) {
 	const realm = "https://login.internal/token"
 	for _, trusted := range [][]string{nil, {"login.internal"}, {"login.internal:443"}, {"login.internal:8443"}, {"internal"}} {
@@ -253,7 +281,7 @@ func TestH34TrustedRealms(t *testing.T) {
 				g.Fatal(err)
 			}
 			g.use(Config{Registry: "quay.io", URL: "https://quay.test", Account: Account{Username: "robot", PasswordFile: file}, TrustedRealms: trusted})
-			want := len(trusted) > 0 && strings.HasPrefix("login.internal:443", trusted[0])
+			want := slices.Contains(trusted, "login.internal") || slices.Contains(trusted, "login.internal:443")
 			if err := g.ask("quay.io", "org/a"); (err == nil) != want {
 				g.Errorf("%v: %v", trusted, err)
 			}

@@ -1,0 +1,93 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"breakwater/proxy/upstream"
+)
+
+const (
+	// farAhead is how far beyond what has arrived a range begins that is not waited for.
+	farAhead = 8 << 20
+	// maxFar is how many such ranges of a blob are fetched at a time.
+	maxFar = 4
+)
+
+// farRange is a part of a blob that is asked for long before the fill gets there.
+type farRange struct {
+	fill     *fill
+	from, to int64 // the last byte is to
+	size     int64 // of the blob
+}
+
+// far is the request's range if it lies far beyond what has arrived. The caller sends it by sendFar.
+func (f *fill) far(r *http.Request, size int64) (farRange, bool) {
+	first, last, ok := strings.Cut(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-")
+	from, err := strconv.ParseInt(first, 10, 64)
+	if !ok || err != nil || size < 0 || from >= size || r.Header.Get("If-Range") != "" {
+		return farRange{}, false // malformed, several, or none: ServeContent's
+	}
+	to := size - 1
+	if last != "" {
+		if to, err = strconv.ParseInt(last, 10, 64); err != nil || to < from {
+			return farRange{}, false
+		}
+		to = min(to, size-1)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ingest == nil || from < f.ingest.Released()+farAhead || f.farNow == maxFar {
+		return farRange{}, false
+	}
+	f.farNow++
+	return farRange{f, from, to, size}, true
+}
+
+// sendFar passes a range on by an upstream request of its own: unverified, which the answer says, and
+// not stored (DESIGN 6). It returns an error only if it has written nothing.
+func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange) error {
+	defer func() {
+		far.fill.mu.Lock()
+		far.fill.farNow--
+		far.fill.mu.Unlock()
+	}()
+	clients, err := m.upstreams(t.ref)
+	if err != nil {
+		return err
+	}
+	patience, cancel := context.WithTimeout(r.Context(), headerBudget)
+	defer cancel()
+	race := &race[*upstream.Body]{
+		tasks: m.asking,
+		n:     len(clients),
+		ask: func(_ context.Context, i int) (*upstream.Body, error) { // the client's context: the body ends with it
+			body, err := clients[i].Resume(r.Context(), t.ref, far.from)
+			if err == nil && body.Size >= 0 && body.Size != far.size {
+				body.Close()
+				err = &upstream.Error{Upstream: clients[i].Upstream(), Class: "blob", Reason: "tells another size"}
+			}
+			return body, err
+		},
+		drop: func(body *upstream.Body) { body.Close() },
+	}
+	body, _, err := race.run(patience)
+	if err != nil {
+		return t.answerFor(r.Context(), err)
+	}
+	defer body.Close()
+	provenance{cache: "breakwater; fwd=uri-miss; fwd-status=206; detail=unverified"}.mark(w)
+	setContent(w.Header(), blobType, t.ref.Digest)
+	w.Header().Set("Accept-Ranges", "bytes")
+	w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", far.from, far.to, far.size))
+	w.Header().Set("Content-Length", strconv.FormatInt(far.to-far.from+1, 10))
+	w.WriteHeader(http.StatusPartialContent)
+	if _, err := io.CopyN(patient{w}, body, far.to-far.from+1); err != nil {
+		w.broken = err // the connection ends short of its Content-Length
+	}
+	return nil
+}
