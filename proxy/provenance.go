@@ -54,6 +54,8 @@ func (p provenance) mark(w *response) {
 	w.setCache(p.cache)
 	if p.warning != "" {
 		w.Header().Set("Warning", `299 - "`+quotable(p.warning)+`"`)
+	}
+	if p.warning != "" || p.age > 0 {
 		w.Header().Set("Age", strconv.FormatInt(int64(p.age.Seconds()), 10))
 	}
 }

@@ -16,24 +16,28 @@ import (
 
 // resolution is upstream's word on a tag, with the manifest that it names.
 type resolution struct {
-	manifest oci.Manifest
-	at       time.Time // when upstream said so
-	fetched  bool      // the manifest was not stored before
-	durable  bool      // it is stored now
+	manifest    oci.Manifest
+	at          time.Time       // when upstream said so
+	unconfirmed *upstream.Error // upstream is a mirror too and said that nobody confirmed it; else nil
+	fetched     bool            // the manifest was not stored before
+	durable     bool            // it is stored now
 }
 
 // manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
 func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
 	stored, validatedAt := m.storedTag(t.ref)
 	if m.fresh(t, validatedAt) {
-		return stored, provenance{cache: cacheHit}, nil
+		return stored, provenance{cache: cacheHit, age: time.Since(validatedAt)}, nil
 	}
 	q := m.tags.join(m.asking, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
 	resolved, how, err := revalidate(ctx, m, t, m.standby(t, validatedAt), q)
 	if errors.Is(err, errUseStored) {
 		return stored, how, nil
 	}
-	if err == nil && !resolved.fetched {
+	switch {
+	case err == nil && resolved.unconfirmed != nil:
+		how = stale(resolved.unconfirmed, max(0, time.Since(resolved.at)), m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration)
+	case err == nil && !resolved.fetched:
 		how = provenance{cache: cacheConfirmed}
 	}
 	return resolved.manifest, how, err
@@ -139,6 +143,9 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 		return answer, err
 	})
 	answer, i, err := r.run(ctx)
+	if _, validatedAt := m.storedTag(ref); err == nil && answer.unconfirmed != nil && validatedAt.After(answer.at) {
+		return answer, answer.unconfirmed // ours is newer than theirs
+	}
 	if err == nil && answer.durable {
 		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: answer.at, Upstream: clients[i].Upstream()})
 	}
@@ -159,7 +166,10 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	if err != nil {
 		return resolution{}, err
 	}
-	answer := resolution{at: time.Now(), durable: true}
+	answer := resolution{at: resolved.ValidatedAt, durable: true}
+	if resolved.Stale {
+		answer.unconfirmed = &upstream.Error{Upstream: client.Upstream(), Class: "manifest", Reason: "is a mirror, and answers stale itself"}
+	}
 	if resolved.Manifest != nil {
 		answer.manifest, answer.fetched = *resolved.Manifest, true
 		answer.durable = m.keepManifest(client, ref.Repository, answer.manifest)

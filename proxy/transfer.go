@@ -98,7 +98,9 @@ func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 		}
 		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.client.Upstream(), "size", t.ingest.Written(), "err", err)
 		if errors.Is(err, errSlow) {
-			m.resume(ctx, t, t.others()) // who drips goes on if nobody else does
+			if others := t.others(); len(others) > 0 { // the last may have failed a moment ago
+				m.resume(ctx, t, others) // who drips goes on if nobody else does
+			}
 			continue
 		}
 		for resumed := false; !resumed; breaks++ {
