@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -320,15 +321,29 @@ func TestTagAtLaterUpstream(t *testing.T) {
 // One that is slow, but answers, is waited for before a stored tag is called stale because of what a
 // later one says: or it would be so for ever.
 func TestTagFirstSlow(t *testing.T) {
-	for _, slow := range []time.Duration{600 * time.Millisecond, 700 * time.Millisecond} { // a hop, of two
-		several(t, 2, "", func(r *rig, ups []*registrytest.Registry) {
-			push(ups, "latest", storedImage)
-			r.pull("latest", storedImage)
-			time.Sleep(age)
-			r.quay.Push("org/app", "latest", newerImage)
-			ups[1].Push("org/app", "latest", unseenImage)
-			r.quay.Fault(heads, registrytest.Delay(2*slow))
-			r.get(app+"/manifests/latest").want(r, 200).is(r, newerImage.Raw).fresh(r)
+	for name, tt := range map[string]struct {
+		fault registrytest.Fault // after the delay
+		want  registrytest.Image
+	}{
+		"answers":        {registrytest.Delay(0), newerImage},
+		"has it no more": {registrytest.Status(404), unseenImage},
+		"refuses":        {registrytest.Status(403), unseenImage},
+		"fails":          {registrytest.Status(503), storedImage},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			several(t, 2, "", func(r *rig, ups []*registrytest.Registry) {
+				push(ups, "latest", storedImage)
+				r.pull("latest", storedImage)
+				time.Sleep(age)
+				r.quay.Push("org/app", "latest", newerImage)
+				ups[1].Push("org/app", "latest", unseenImage)
+				r.quay.Fault(heads, registrytest.Delay(1200*time.Millisecond), tt.fault)
+				got := r.get(app+"/manifests/latest").want(r, 200).is(r, tt.want.Raw)
+				if stale := got.Header.Get("Warning") != ""; stale != (name == "fails") {
+					r.Errorf("Warning %q", got.Header.Get("Warning"))
+				}
+			})
 		})
 	}
 }
@@ -468,7 +483,7 @@ func TestTagManifestFromTheSameUpstream(t *testing.T) {
 // Nobody waits for one who has panicked.
 func TestRacePanics(t *testing.T) {
 	several(t, 1, "", func(r *rig, _ []*registrytest.Registry) {
-		race := &race[int]{tasks: r.mirror.filling, n: 2, ask: func(_ context.Context, i int) (int, error) {
+		race := race[int]{tasks: r.mirror.filling, n: 2, ask: func(_ context.Context, i int) (int, error) {
 			if i == 0 {
 				panic("scripted")
 			}
@@ -476,6 +491,10 @@ func TestRacePanics(t *testing.T) {
 		}}
 		if got, i, err := race.run(r.Context()); got != 7 || i != 1 || err != nil {
 			r.Errorf("%d of %d, %v", got, i, err)
+		}
+		race.n = 1
+		if _, _, err := race.run(r.Context()); !errors.Is(err, errPanicked) {
+			r.Error(err)
 		}
 	})
 }
