@@ -355,6 +355,36 @@ func TestF72StallsWithNext(t *testing.T) {
 	})
 }
 
+// Headers alone win no race: where no byte comes behind them, or of a small blob, which nobody may read
+// before it is whole, not all, the second source is asked in time.
+func TestF72StallsBeforeAnythingIsReleased(t *testing.T) {
+	for name, tt := range map[string]struct {
+		blob   registrytest.Blob
+		stalls int64
+	}{
+		"small, no byte":        {smallLayer, 0},
+		"small, but for a byte": {smallLayer, int64(len(smallLayer.Bytes)) - 1},
+		"big, no byte":          {bigLayer, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			several(t, 2, "", func(r *rig, ups []*registrytest.Registry) {
+				for _, up := range ups {
+					up.PutBlob("org/app", tt.blob.Bytes)
+				}
+				r.quay.Fault(gets, registrytest.Stall(tt.stalls))
+				if got := r.get(blobPath(tt.blob)).want(r, 200).is(r, tt.blob.Bytes); got.took > waitBeforeNext {
+					r.Errorf("took %v", got.took)
+				}
+				time.Sleep(time.Minute)
+				if h := r.health("quay.test:80", "blob"); h.Failed != 1 {
+					r.Errorf("the stall does not count: %+v", h)
+				}
+			})
+		})
+	}
+}
+
 // Five breaks without a megabyte in between end it, after pauses that grow. So
 // little is not worth parking: nothing of it is left.
 func TestFiveBreaks(t *testing.T) {

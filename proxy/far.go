@@ -63,10 +63,11 @@ func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange) e
 	patience, cancel := context.WithTimeout(r.Context(), headerBudget)
 	defer cancel()
 	race := &race[*upstream.Body]{
-		tasks: m.asking,
-		n:     len(clients),
-		ask: func(_ context.Context, i int) (*upstream.Body, error) { // the client's context: the body ends with it
-			body, err := clients[i].Resume(r.Context(), t.ref, far.from)
+		tasks:   m.asking,
+		clients: clients,
+		ask: func(_ context.Context, i int) (*upstream.Body, error) {
+			// The client's context: the body ends with it. What holds the fill's reference off does not concern it.
+			body, err := (&source{ref: t.ref, client: clients[i]}).open(upstream.Again(r.Context()), far.from)
 			if err == nil && body.Size >= 0 && body.Size != far.size {
 				body.Close()
 				err = &upstream.Error{Upstream: clients[i].Upstream(), Class: "blob", Reason: "tells another size"}

@@ -130,10 +130,8 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			return
 		}
 		body, src, err := m.openBody(ctx, sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
-			body, err := src.client.Blob(ctx, src.ref)
-			if err != nil {
-				f.fail(src, err)
-			}
+			body, err := src.open(ctx, 0)
+			f.fail(src, err)
 			return body, err
 		})
 		if err != nil {
@@ -172,9 +170,13 @@ func (m *Mirror) isStored(ctx context.Context, src *source) bool {
 
 // openBody opens the blob at the first of the sources that open succeeds with.
 func (m *Mirror) openBody(ctx context.Context, sources []*source, open func(context.Context, *source) (*upstream.Body, error)) (*upstream.Body, *source, error) {
+	var clients []*upstream.Client
+	for _, src := range sources {
+		clients = append(clients, src.client)
+	}
 	r := &race[*upstream.Body]{
-		tasks: m.filling,
-		n:     len(sources),
+		tasks:   m.filling,
+		clients: clients,
 		ask: func(ctx context.Context, i int) (*upstream.Body, error) {
 			body, err := open(ctx, sources[i])
 			if err != nil {
@@ -186,6 +188,27 @@ func (m *Mirror) openBody(ctx context.Context, sources []*source, open func(cont
 	}
 	body, i, err := r.run(ctx)
 	return body, sources[i], err
+}
+
+// open opens the blob from offset on. It is had once there is something of it for the readers, and not with
+// its headers: a CDN that sends those and stalls must not keep the next source from being asked.
+func (s *source) open(ctx context.Context, offset int64) (*upstream.Body, error) {
+	body, err := s.client.Blob(ctx, s.ref, offset)
+	if err != nil {
+		return nil, err
+	}
+	first := int64(1)
+	switch {
+	case body.Size < 0:
+		first = storage.Withheld + 1
+	case body.Size <= storage.Withheld:
+		first = body.Size - offset
+	}
+	if err := body.Prime(first); err != nil {
+		body.Close()
+		return nil, err
+	}
+	return body, nil
 }
 
 // logSource says why a source did not deliver: a warning if it is out, nothing much if it does not
@@ -216,7 +239,7 @@ func (f *fill) take() []*source {
 	return left
 }
 
-// fail notes that a source is of no use, and returns whether readers have been let in.
+// fail notes why a source is of no use, nil if it is, and returns whether readers have been let in.
 func (f *fill) fail(src *source, err error) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -204,6 +204,8 @@ func (m *Mirror) upstreams(ref oci.Reference) ([]*upstream.Client, error) {
 	}
 	if ref.Digest == "" {
 		clients = slices.DeleteFunc(clients, func(c *upstream.Client) bool { return !c.AnswersTags() })
+	} else { // what is named by its digest is the same from all of them
+		slices.SortStableFunc(clients, func(a, b *upstream.Client) int { return order(a.Lacked(ref)) - order(b.Lacked(ref)) })
 	}
 	if len(clients) == 0 {
 		return nil, &upstream.Error{Reason: "it has only upstreams with tags: false"}
@@ -211,9 +213,17 @@ func (m *Mirror) upstreams(ref oci.Reference) ([]*upstream.Client, error) {
 	return clients, nil
 }
 
+// order puts those who lack something behind the others.
+func order(lacks bool) int {
+	if lacks {
+		return 1
+	}
+	return 0
+}
+
 // askAll is a race of a registry's upstreams for what is had in one piece. Each has headerBudget.
 func askAll[T any](m *Mirror, clients []*upstream.Client, ask func(context.Context, *upstream.Client) (T, error)) *race[T] {
-	return &race[T]{tasks: m.asking, n: len(clients), ask: func(ctx context.Context, i int) (T, error) {
+	return &race[T]{tasks: m.asking, clients: clients, ask: func(ctx context.Context, i int) (T, error) {
 		ctx, cancel := context.WithTimeout(ctx, headerBudget)
 		defer cancel()
 		return ask(ctx, clients[i])

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"math/rand/v2"
 	"net/http/httptrace"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,10 @@ const (
 	// must have been asked with time to spare before headerBudget.
 	waitBeforeNext = 2 * time.Second
 	waitForAll     = 8 * time.Second
+	// A second try comes only after failures that came soon: there is no time for two time-outs. The pause
+	// before it, of between half of retryPause and all of it, is not the same for all who were cut off.
+	retryWithin = 2 * time.Second
+	retryPause  = 100 * time.Millisecond
 )
 
 // progress is when something last went on.
@@ -47,10 +52,11 @@ func (p *progress) trace() *httptrace.ClientTrace {
 
 // race is one thing being asked of several upstreams, in order, each before the one in front of it has
 // failed: four black holes must not hide a healthy fifth (DESIGN 8). The first good answer wins; those
-// still asked are left running, so that their breakers learn how they do.
+// still asked are left running, so that their breakers learn how they do. If all have failed, one is asked
+// a second time, unless the question is a second try itself or there are too many of them.
 type race[T any] struct {
-	tasks *tasks
-	n     int // how many can be asked
+	tasks   *tasks
+	clients []*upstream.Client
 	// ask asks one of them. Its context does not end with the race.
 	ask  func(ctx context.Context, i int) (T, error)
 	drop func(T) // of what comes too late; nil if nothing has to be done
@@ -72,13 +78,14 @@ type finish[T any] struct {
 
 // run returns the answer and who gave it. If nobody does, the error is worst's.
 func (r *race[T]) run(ctx context.Context) (T, int, error) {
-	r.errs, r.results, r.ended = make([]error, r.n), make(chan finish[T], r.n), make([]chan struct{}, r.n)
+	n, once, start := len(r.clients), upstream.IsAgain(ctx), time.Now()
+	r.errs, r.results, r.ended = make([]error, n), make(chan finish[T], n+1), make([]chan struct{}, n)
 	for i := range r.ended {
 		r.ended[i] = make(chan struct{})
 	}
 	limit := waitBeforeNext
-	if r.n > 1 {
-		limit = min(limit, waitForAll/time.Duration(r.n-1))
+	if n > 1 {
+		limit = min(limit, waitForAll/time.Duration(n-1))
 	}
 	var latest *progress // of the one asked last, while it has not ended
 	var began time.Time
@@ -94,17 +101,23 @@ func (r *race[T]) run(ctx context.Context) (T, int, error) {
 				}
 			}
 			latest, began = r.start(ctx, started), time.Now()
-			if started++; started < r.n {
+			if started++; started < n {
 				next.Reset(min(idleBeforeNext, limit))
 			}
 		case f := <-r.results:
 			if f.err == nil {
 				return f.answer, f.i, nil
 			}
-			if ended++; ended == r.n {
+			if ended++; ended == n && !once && time.Since(start) < retryWithin {
+				once = true
+				if r.retry(ctx) {
+					ended--
+				}
+			}
+			if ended == n {
 				return f.answer, f.i, worst(r.errs)
 			}
-			if f.i == started-1 && started < r.n {
+			if f.i == started-1 && started < n {
 				latest = nil
 				next.Reset(0)
 			}
@@ -121,24 +134,61 @@ func (r *race[T]) run(ctx context.Context) (T, int, error) {
 func (r *race[T]) start(ctx context.Context, i int) *progress {
 	p := new(progress)
 	p.note()
+	r.begin(i, func(life context.Context) (T, error) {
+		return r.ask(httptrace.WithClientTrace(detached{life, ctx}, p.trace()), i)
+	})
+	return p
+}
+
+// retry asks the first of those whose answer may be another one next time; false if there is none, or
+// no leave to.
+func (r *race[T]) retry(ctx context.Context) bool {
+	for i, err := range r.errs {
+		up := new(upstream.Error)
+		if !errors.As(err, &up) || !up.Fleeting() {
+			continue
+		}
+		done, ok := r.clients[i].Retry()
+		if !ok {
+			continue
+		}
+		r.begin(i, func(life context.Context) (T, error) {
+			defer done()
+			select {
+			case <-time.After(retryPause/2 + rand.N(retryPause/2)):
+			case <-life.Done():
+			}
+			return r.ask(upstream.Again(detached{life, ctx}), i)
+		})
+		return true
+	}
+	return false
+}
+
+func (r *race[T]) begin(i int, ask func(life context.Context) (T, error)) {
 	begun := r.tasks.start(func(life context.Context) {
 		f := finish[T]{i: i, err: errPanicked}
 		defer func() { r.end(f) }() // also when ask panics: nobody may wait for ever
-		f.answer, f.err = r.ask(httptrace.WithClientTrace(detached{life, ctx}, p.trace()), i)
+		f.answer, f.err = ask(life)
 	})
 	if !begun {
 		r.end(finish[T]{i: i, err: errClosed})
 	}
-	return p
 }
 
 func (r *race[T]) end(f finish[T]) {
 	r.mu.Lock()
 	late := r.decided
 	r.decided = r.decided || f.err == nil
-	r.errs[f.i] = f.err
+	if again := new(upstream.Error); r.errs[f.i] == nil || f.err == nil || errors.As(f.err, &again) && again.State != "open" {
+		r.errs[f.i] = f.err // a breaker that has opened meanwhile did so for what was said first
+	}
+	select {
+	case <-r.ended[f.i]: // a second try
+	default:
+		close(r.ended[f.i])
+	}
 	r.mu.Unlock()
-	close(r.ended[f.i])
 	switch {
 	case !late:
 		r.results <- f // there is room for all

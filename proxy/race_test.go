@@ -265,6 +265,37 @@ func TestF17FoundOnSecond(t *testing.T) {
 	}
 }
 
+// Who has answered 404 for a digest is asked for it after the others, for a while; not so for a tag, where
+// the order says whose word counts.
+func TestF17RememberedAbsence(t *testing.T) {
+	for _, tt := range []struct {
+		path  string
+		later time.Duration
+		asked []int // of each upstream
+	}{
+		{asks[0].path, time.Minute, []int{2, 0}}, // HEAD, GET
+		{asks[2].path, time.Minute, []int{0, 1}},
+		{asks[3].path, time.Minute, []int{0, 1}},
+		{asks[2].path, time.Hour, []int{1, 0}},
+		{asks[3].path, time.Hour, []int{1, 0}},
+	} {
+		several(t, 2, "", func(r *rig, ups []*registrytest.Registry) {
+			ups[1].Fault(all, registrytest.Status(503))
+			r.get(app+tt.path).want(r, 503) // nobody knows if it is there
+			push(ups, "latest", storedImage)
+			ups[1].Heal()
+			for _, up := range ups {
+				up.Forget()
+			}
+			time.Sleep(tt.later)
+			r.get(app+tt.path).want(r, 200)
+			if asked := []int{ups[0].Count(all), ups[1].Count(all)}; !slices.Equal(asked, tt.asked) {
+				r.Errorf("%s after %v: asked %v times, want %v", tt.path, tt.later, asked, tt.asked)
+			}
+		})
+	}
+}
+
 // What a lagging copy says of a tag while those before it are out (DESIGN 8).
 func TestTagAtLaterUpstream(t *testing.T) {
 	type state struct {
@@ -485,7 +516,7 @@ func TestRacePanics(t *testing.T) {
 	several(t, 1, "", func(r *rig, _ []*registrytest.Registry) {
 		ctx, cancel := context.WithTimeout(r.Context(), time.Minute)
 		defer cancel()
-		race := &race[int]{tasks: r.mirror.filling, n: 2, ask: func(context.Context, int) (int, error) { panic("scripted") }}
+		race := &race[int]{tasks: r.mirror.filling, clients: slices.Repeat(r.mirror.pool.Clients("quay.test"), 2), ask: func(context.Context, int) (int, error) { panic("scripted") }}
 		if _, _, err := race.run(ctx); !errors.Is(err, errPanicked) {
 			r.Error(err)
 		}

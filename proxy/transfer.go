@@ -128,8 +128,8 @@ func pause(ctx context.Context, breaks int) bool {
 // resume opens the rest of the blob at one of these sources. Nothing has changed if none has it.
 func (m *Mirror) resume(ctx context.Context, t *transfer, sources []*source) bool {
 	at, size := t.ingest.Written(), t.size // those who lose still ask when it is written on
-	body, src, err := m.openBody(ctx, sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
-		body, err := src.client.Resume(ctx, src.ref, at)
+	body, src, err := m.openBody(upstream.Again(ctx), sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
+		body, err := src.open(ctx, at)
 		if err == nil && body.Size >= 0 && body.Size != size {
 			body.Close()
 			return nil, src.lied(fmt.Errorf("%d bytes where another announced %d", body.Size, size))

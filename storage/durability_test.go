@@ -24,7 +24,7 @@ func TestF48FailedSyncIsNotRepeated(t *testing.T) {
 			}
 			return f.Sync()
 		}
-		raw, dgst := content(3 * withheld)
+		raw, dgst := content(3 * Withheld)
 		in := begin(t, d, dgst, int64(len(raw)))
 		b := reader(t, in)
 		write(t, in, raw)

@@ -17,9 +17,9 @@ import (
 )
 
 const (
-	// withheld is how much of the end is not readable until the whole is verified, so that no client
+	// Withheld is how much of the end is not readable until the whole is verified, so that no client
 	// can take wrong content for complete.
-	withheld = 64 << 10
+	Withheld = 64 << 10
 	// reserveStep is how much space is reserved at a time when the size is not known.
 	reserveStep = 64 << 20
 )
@@ -143,9 +143,9 @@ func (i *Ingest) Write(p []byte) (int, error) {
 // readable is how much of what is written may be released before it is verified.
 func (i *Ingest) readable() int64 {
 	if i.size < 0 {
-		return i.written - withheld
+		return i.written - Withheld
 	}
-	return min(i.written, i.size-withheld)
+	return min(i.written, i.size-Withheld)
 }
 
 // Released is how many bytes can be read.

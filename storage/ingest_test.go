@@ -62,7 +62,7 @@ func wantEmpty(t *testing.T, d *Disk, folder string) {
 }
 
 func TestWatermark(t *testing.T) {
-	const held = withheld
+	const held = Withheld
 	d := open(t, t.TempDir())
 	for _, test := range []struct{ size, announced, written, want int }{
 		{3 * held, 3 * held, held, held},
@@ -109,7 +109,7 @@ func TestWatermark(t *testing.T) {
 }
 
 func TestF22WrongContentIsNeitherReleasedNorStored(t *testing.T) {
-	raw, dgst := content(4 * withheld)
+	raw, dgst := content(4 * Withheld)
 	flipped := bytes.Clone(raw)
 	flipped[len(raw)-1] ^= 1
 	for name, test := range map[string]struct {
@@ -122,7 +122,7 @@ func TestF22WrongContentIsNeitherReleasedNorStored(t *testing.T) {
 		"other size":           {int64(len(raw)) + 1, raw},
 		"nothing":              {int64(len(raw)), nil},
 		"unknown size, wrong":  {-1, flipped},
-		"unknown size, short":  {-1, raw[:3*withheld]},
+		"unknown size, short":  {-1, raw[:3*Withheld]},
 		"unknown size, none":   {-1, nil},
 		"smaller than the end": {100, flipped[:100]},
 	} {
@@ -145,7 +145,7 @@ func TestF22WrongContentIsNeitherReleasedNorStored(t *testing.T) {
 				t.Fatalf("%v, want ErrMismatch", err)
 			}
 			got, rerr := io.ReadAll(b)
-			if !errors.Is(rerr, ErrMismatch) || len(got) > max(len(raw), int(test.announced))-withheld {
+			if !errors.Is(rerr, ErrMismatch) || len(got) > max(len(raw), int(test.announced))-Withheld {
 				t.Errorf("the reader got %d bytes and %v", len(got), rerr)
 			}
 			if _, err := in.Open(t.Context()); !errors.Is(err, ErrMismatch) {
@@ -177,7 +177,7 @@ func bytesIn(p []byte, size int) func(func([]byte) bool) {
 func TestReaderWaitsAndEndsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t, t.TempDir())
-		raw, dgst := content(3 * withheld)
+		raw, dgst := content(3 * Withheld)
 		in := begin(t, d, dgst, int64(len(raw)))
 		left := errors.New("the client has left")
 		ctx, leave := context.WithCancelCause(t.Context())
@@ -210,7 +210,7 @@ func TestReaderWaitsAndEndsAlone(t *testing.T) {
 		early := make(chan error)
 		b := reader(t, in)
 		go func() {
-			_, err := io.ReadFull(b, make([]byte, 2*withheld))
+			_, err := io.ReadFull(b, make([]byte, 2*Withheld))
 			early <- err
 		}()
 		synctest.Wait()
@@ -237,7 +237,7 @@ func TestReaderWaitsAndEndsAlone(t *testing.T) {
 func TestAbortWakesAllReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t, t.TempDir())
-		raw, dgst := content(3 * withheld)
+		raw, dgst := content(3 * Withheld)
 		in := begin(t, d, dgst, int64(len(raw)))
 		write(t, in, raw[:1000])
 		gone := errors.New("no source is left")
@@ -336,7 +336,7 @@ func TestBlobHidesItsFile(t *testing.T) {
 
 func TestServeContentFromAnIngest(t *testing.T) {
 	d := open(t, t.TempDir())
-	raw, dgst := content(5 * withheld)
+	raw, dgst := content(5 * Withheld)
 	in := begin(t, d, dgst, int64(len(raw)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		b, err := in.Open(r.Context())
@@ -350,7 +350,7 @@ func TestServeContentFromAnIngest(t *testing.T) {
 	}))
 	defer srv.Close()
 	defer srv.Client().CloseIdleConnections()
-	write(t, in, raw[:withheld])
+	write(t, in, raw[:Withheld])
 	bodies := make(chan []byte, 3)
 	for _, span := range []string{"", "bytes=1000-70000", "bytes=-70000"} {
 		go func() {
@@ -373,7 +373,7 @@ func TestServeContentFromAnIngest(t *testing.T) {
 			bodies <- body
 		}()
 	}
-	for p := range bytesIn(raw[withheld:], 10_000) {
+	for p := range bytesIn(raw[Withheld:], 10_000) {
 		write(t, in, p)
 	}
 	if err := commit(in, anonymous); err != nil {

@@ -38,7 +38,7 @@ func wantResumed(t testing.TB, d *Disk, raw []byte, from int) {
 	if got := in.Written(); got != int64(from) {
 		t.Fatalf("goes on from %d, want %d", got, from)
 	}
-	if got, want := in.Released(), int64(max(0, min(from, len(raw)-withheld))); got != want {
+	if got, want := in.Released(), int64(max(0, min(from, len(raw)-Withheld))); got != want {
 		t.Errorf("%d bytes are readable, want %d", got, want)
 	}
 	for p := range bytesIn(raw[from:], 100_000) {
@@ -512,7 +512,7 @@ func TestF22ParkedContentHasRotted(t *testing.T) {
 				if !errors.Is(err, ErrMismatch) {
 					t.Fatalf("%v, want ErrMismatch", err)
 				}
-				if got, err := io.ReadAll(b); !errors.Is(err, ErrMismatch) || len(got) > len(raw)-withheld {
+				if got, err := io.ReadAll(b); !errors.Is(err, ErrMismatch) || len(got) > len(raw)-Withheld {
 					t.Errorf("the reader got %d bytes, %v", len(got), err)
 				}
 				in.Park(err)

@@ -17,10 +17,16 @@ const (
 	// bodies that stall were the incident's own shape.
 	verdictBytes = 256 << 10
 	verdictTime  = 30 * time.Second
+	// primeBuffer is room for what has come with the first byte.
+	primeBuffer = 32 << 10
 	// shunTime is how long an upstream is not asked again for a digest that it sent wrong bytes for.
 	shunTime = 10 * time.Minute
 	// maxLies is how many digests it may lie about in shunTime before that is a failure of its own.
 	maxLies = 3
+	// lackTime is how long a 404 is remembered.
+	lackTime = 10 * time.Minute
+	// maxMarks bounds what is held against an upstream; beyond it all is forgotten.
+	maxMarks = 1000
 )
 
 // Body is a blob on its way. Reading it gives the breaker its verdict.
@@ -32,6 +38,8 @@ type Body struct {
 	body    io.ReadCloser
 	host    string // that it comes from, perhaps after redirects
 	read    int64
+	ahead   []byte // read by Prime, to be read again
+	end     error  // that Prime met behind it
 	failed  func(error) *Error
 	settle  func(error)
 	settled bool
@@ -49,8 +57,36 @@ func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(erro
 	return b
 }
 
+// Prime waits until the first n bytes have come, or all if they are fewer. Its error is an *Error.
+// They can still be read.
+func (b *Body) Prime(n int64) error {
+	buf := make([]byte, max(n, primeBuffer))
+	for int64(len(b.ahead)) < n && b.end == nil {
+		var more int
+		more, b.end = b.fetch(buf[len(b.ahead):])
+		b.ahead = buf[:len(b.ahead)+more]
+	}
+	if int64(len(b.ahead)) >= n || errors.Is(b.end, io.EOF) {
+		return nil
+	}
+	return b.end
+}
+
 // Read fails with an *Error or io.EOF.
 func (b *Body) Read(p []byte) (int, error) {
+	if len(b.ahead) > 0 {
+		n := copy(p, b.ahead)
+		b.ahead = b.ahead[n:]
+		return n, nil
+	}
+	if b.end != nil {
+		return 0, b.end
+	}
+	return b.fetch(p)
+}
+
+// fetch reads from the upstream, and settles what that is worth.
+func (b *Body) fetch(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	b.read += int64(n)
 	if !b.settled && (b.read >= verdictBytes || errors.Is(err, io.EOF)) {
@@ -86,43 +122,65 @@ func (b *Body) Close() error {
 func (c *Client) Mismatch(ref oci.Reference) { c.lied(classBlob, ref) }
 
 func (c *Client) lied(class class, ref oci.Reference) {
-	if c.shunned.add(ref.Digest, time.Now()) >= maxLies {
+	if c.shunned.add(ref.Digest, time.Now().Add(shunTime)) >= maxLies {
 		c.breakers[class].fail("", hostFailure, "sent wrong bytes for several digests")
 	}
 }
 
 func (c *Client) shuns(class class, dgst digest.Digest) error {
-	left := c.shunned.left(dgst, time.Now())
+	left := c.shunned.left(dgst)
 	if left <= 0 {
 		return nil
 	}
 	return &Error{Upstream: c.base.Host, Class: class.String(), State: "shunned", Reason: "sent wrong bytes for " + dgst.String(), RetryAfter: left, verdict: excluded}
 }
 
-// shunned are the digests that an upstream has lied about, and until when that is held against it.
-type shunned struct {
-	mu    sync.Mutex
-	until map[digest.Digest]time.Time
+// Lacked reports whether the upstream has lately answered that it has no such content: others are asked
+// before it, and it is asked all the same.
+func (c *Client) Lacked(ref oci.Reference) bool { return c.lacked.left(ref) > 0 }
+
+// remember notes whether the upstream has that content. What it says of a tag may change at any time.
+func (c *Client) remember(ref oci.Reference, err error) {
+	e := new(Error)
+	switch {
+	case ref.Digest == "":
+	case err == nil:
+		c.lacked.drop(ref)
+	case errors.As(err, &e) && e.Kind == NotFound:
+		c.lacked.add(ref, time.Now().Add(lackTime))
+	}
 }
 
-// add returns how many digests are shunned now.
-func (s *shunned) add(dgst digest.Digest, now time.Time) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.until == nil {
-		s.until = map[digest.Digest]time.Time{}
-	}
-	for d, until := range s.until {
-		if now.After(until) {
-			delete(s.until, d)
+// marks are what is held against an upstream, and until when.
+type marks[K comparable] struct {
+	mu    sync.Mutex
+	until map[K]time.Time
+}
+
+// add returns how many there are now.
+func (m *marks[K]) add(key K, until time.Time) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for other, end := range m.until {
+		if time.Now().After(end) {
+			delete(m.until, other)
 		}
 	}
-	s.until[dgst] = now.Add(shunTime)
-	return len(s.until)
+	if m.until == nil || len(m.until) >= maxMarks {
+		m.until = map[K]time.Time{}
+	}
+	m.until[key] = until
+	return len(m.until)
 }
 
-func (s *shunned) left(dgst digest.Digest, now time.Time) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.until[dgst].Sub(now)
+func (m *marks[K]) drop(key K) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.until, key)
+}
+
+func (m *marks[K]) left(key K) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Until(m.until[key])
 }

@@ -55,7 +55,9 @@ type Client struct {
 	breakers [3]*breaker // by class
 	failing  [3]atomic.Pointer[streak]
 	good     [2]atomic.Pointer[oci.Reference] // last content had: a manifest, a blob; for the probes
-	shunned  shunned
+	shunned  marks[digest.Digest]             // it has sent wrong bytes for
+	lacked   marks[oci.Reference]             // it has answered 404 for
+	budget   budget
 	counts   [3]counter
 }
 
@@ -182,7 +184,7 @@ func (c *Client) Resolve(ctx context.Context, ref oci.Reference) (Resolved, erro
 	} else if e := new(Error); !errors.As(err, &e) || (e.Status != http.StatusMethodNotAllowed && e.Status != http.StatusNotImplemented && e.Status != http.StatusBadRequest) {
 		return Resolved{}, err
 	}
-	return c.manifest(ctx, ref, c.resend)
+	return c.manifest(Again(ctx), ref)
 }
 
 var manifestAccept = http.Header{"Accept": oci.ManifestTypes}
@@ -190,20 +192,18 @@ var manifestAccept = http.Header{"Accept": oci.ManifestTypes}
 // Manifest fetches a manifest and verifies it: against the digest asked for, or at least its form.
 // Errors are *Error.
 func (c *Client) Manifest(ctx context.Context, ref oci.Reference) (oci.Manifest, error) {
-	got, err := c.manifest(ctx, ref, c.send)
+	got, err := c.manifest(ctx, ref)
 	if err != nil {
 		return oci.Manifest{}, err
 	}
 	return *got.Manifest, nil
 }
 
-type sender func(context.Context, query) (*http.Response, func(error), error)
-
-func (c *Client) manifest(ctx context.Context, ref oci.Reference, send sender) (Resolved, error) {
+func (c *Client) manifest(ctx context.Context, ref oci.Reference) (Resolved, error) {
 	if err := c.shuns(classManifest, ref.Digest); err != nil {
 		return Resolved{}, err
 	}
-	resp, settle, err := send(ctx, query{http.MethodGet, classManifest, ref, "/manifests/" + ref.Identifier(), manifestAccept})
+	resp, settle, err := c.send(ctx, query{http.MethodGet, classManifest, ref, "/manifests/" + ref.Identifier(), manifestAccept})
 	if err != nil {
 		return Resolved{}, err
 	}
@@ -249,7 +249,7 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 	if e := new(Error); !errors.As(err, &e) || e.Status == 0 || e.Kind == NotFound || e.Kind == Throttled {
 		return 0, err
 	}
-	resp, settle, err = c.resend(ctx, query{http.MethodGet, classBlob, ref, path, http.Header{"Range": {"bytes=0-0"}}})
+	resp, settle, err = c.send(Again(ctx), query{http.MethodGet, classBlob, ref, path, http.Header{"Range": {"bytes=0-0"}}})
 	if err != nil {
 		return 0, err
 	}
@@ -262,18 +262,8 @@ func (c *Client) StatBlob(ctx context.Context, ref oci.Reference) (int64, error)
 	return resp.ContentLength, nil
 }
 
-// Blob opens a blob. Errors are *Error; those of the Body too.
-func (c *Client) Blob(ctx context.Context, ref oci.Reference) (*Body, error) {
-	return c.blob(ctx, ref, 0, c.send)
-}
-
-// Resume opens the rest of a blob, from offset on, after a Body has broken off: what that has put on
-// the reference does not concern it.
-func (c *Client) Resume(ctx context.Context, ref oci.Reference, offset int64) (*Body, error) {
-	return c.blob(ctx, ref, offset, c.resend)
-}
-
-func (c *Client) blob(ctx context.Context, ref oci.Reference, offset int64, send sender) (*Body, error) {
+// Blob opens a blob, from offset on. Errors are *Error; those of the Body too.
+func (c *Client) Blob(ctx context.Context, ref oci.Reference, offset int64) (*Body, error) {
 	if err := c.shuns(classBlob, ref.Digest); err != nil {
 		return nil, err
 	}
@@ -282,9 +272,9 @@ func (c *Client) blob(ctx context.Context, ref oci.Reference, offset int64, send
 		header = http.Header{"Range": {fmt.Sprintf("bytes=%d-", offset)}}
 	}
 	q := query{http.MethodGet, classBlob, ref, "/blobs/" + ref.Digest.String(), header}
-	resp, settle, err := send(ctx, q)
+	resp, settle, err := c.send(ctx, q)
 	if expired(err) {
-		if resp, settle, err = c.resend(ctx, q); expired(err) {
+		if resp, settle, err = c.send(Again(ctx), q); expired(err) {
 			c.breakers[classBlob].fail(ref.String(), failure, "refuses its own redirects")
 		}
 	}

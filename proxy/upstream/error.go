@@ -57,6 +57,11 @@ func (e *Error) at(host string) {
 // Outage reports whether the error leaves open if the thing exists.
 func (e *Error) Outage() bool { return e.Kind == Unavailable || e.Kind == Throttled }
 
+// Fleeting reports whether a second try may end otherwise: the upstream was reached, and failed.
+func (e *Error) Fleeting() bool {
+	return e.verdict == failure && (e.Status >= 500 || e.Status == 0 && unanswered(e.Err))
+}
+
 // Why contexts of this package end; never seen by callers.
 var (
 	errNoHeader = errors.New("no answer within the time allowed")

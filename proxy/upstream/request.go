@@ -29,25 +29,26 @@ type query struct {
 	header http.Header
 }
 
+type againKey struct{}
+
+// Again marks a request as the second try, or the rest, of something that was begun: the hold-off that
+// its first failure has put on the reference does not concern it.
+func Again(ctx context.Context) context.Context { return context.WithValue(ctx, againKey{}, true) }
+
+// IsAgain reports whether Again has marked the request.
+func IsAgain(ctx context.Context) bool { return ctx.Value(againKey{}) != nil }
+
 // send asks, if hold and breaker allow it, and returns an answer with a status of 2xx. The caller
 // settles it with nil or an *Error once it knows what the answer is worth.
 func (c *Client) send(ctx context.Context, q query) (*http.Response, func(error), error) {
-	return c.sendThrough(ctx, q, c.breakers[q.class].allow)
-}
-
-// resend is send for the rest of something that was begun: the hold-off that the first failure has
-// put on its reference does not concern it.
-func (c *Client) resend(ctx context.Context, q query) (*http.Response, func(error), error) {
-	return c.sendThrough(ctx, q, c.breakers[q.class].retry)
-}
-
-type admit func(reference string) (settle func(verdict, string), err error)
-
-func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.Response, func(error), error) {
 	if left := c.hold.left(time.Now()); left > 0 {
 		return nil, nil, &Error{Upstream: c.base.Host, Class: q.class.String(), Kind: Throttled, Reason: "asked us to wait", RetryAfter: left, State: "held off"}
 	}
-	verdict, err := allow(q.ref.String())
+	admit := c.breakers[q.class].allow
+	if IsAgain(ctx) {
+		admit = c.breakers[q.class].retry
+	}
+	verdict, err := admit(q.ref.String())
 	if err != nil {
 		return nil, nil, c.refused(q.class, err)
 	}
@@ -56,6 +57,7 @@ func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.R
 	if err == nil {
 		err = c.judge(q.class, resp)
 	}
+	c.remember(q.ref, err)
 	if err != nil {
 		settle(err)
 		return nil, nil, err
@@ -66,7 +68,9 @@ func (c *Client) sendThrough(ctx context.Context, q query, allow admit) (*http.R
 // settler wraps a breaker's settle so that an error says by itself what it counts for, and so that
 // an *Error learns since when this has been going on.
 func (c *Client) settler(class class, settle func(verdict, string)) func(error) {
+	c.budget.active.Add(1)
 	return func(err error) {
+		c.budget.active.Add(-1)
 		e := new(Error)
 		switch {
 		case err == nil:

@@ -197,7 +197,7 @@ func TestH29ProxyIsNotAskedForPrivateHosts(t *testing.T) {
 				}))
 			}
 			g.use(Config{Registry: "quay.io", URL: "https://quay.test", Proxy: "http://proxy.test:3128", RedirectHosts: []string{"named.test", "10.1.2.3"}})
-			body, err := g.pool.Clients("quay.io")[0].Blob(context.Background(), ref)
+			body, err := g.pool.Clients("quay.io")[0].Blob(context.Background(), ref, 0)
 			if err == nil {
 				_, _ = io.ReadAll(body)
 				body.Close()
@@ -230,7 +230,7 @@ func TestH29RedirectHostsMayBePrivate(t *testing.T) {
 			g.Fault(registrytest.Match{Kind: registrytest.KindBlob}, registrytest.Status(http.StatusTemporaryRedirect, "Location", "https://cdn.test:"+tt.port+"/blob"))
 			g.use(Config{Registry: "quay.io", URL: "https://quay.test", RedirectHosts: tt.hosts}, Config{Registry: "other", URL: "https://quay.test"})
 			for registry, want := range map[string]bool{"quay.io": tt.want, "other": false} {
-				body, err := g.pool.Clients(registry)[0].Blob(context.Background(), oci.Reference{Repository: oci.Repository{Registry: registry, Name: "org/a"}, Digest: digest.FromBytes(blob)})
+				body, err := g.pool.Clients(registry)[0].Blob(context.Background(), oci.Reference{Repository: oci.Repository{Registry: registry, Name: "org/a"}, Digest: digest.FromBytes(blob)}, 0)
 				if err == nil {
 					body.Close()
 				}
