@@ -16,6 +16,7 @@ import (
 // goroutine, and does not show its file's SyscallConn: the kernel would read what an ingest has not
 // released.
 type Blob struct {
+	*volume
 	file   *os.File        // its offset is the Blob's
 	size   int64           // of stored content
 	ingest *Ingest         // nil once stored
@@ -46,7 +47,7 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 		_ = file.Close()
 		return nil, err
 	}
-	return &Blob{file: file, size: info.Size()}, nil
+	return &Blob{volume: d.volume, file: file, size: info.Size()}, nil
 }
 
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
@@ -94,7 +95,7 @@ func (b *Blob) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	read, err := file.Read(p[:n])
+	read, err := b.read(file, p[:n])
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF // somebody has cut the file
 	}

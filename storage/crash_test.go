@@ -151,12 +151,12 @@ func TestF45KilledInTheMiddle(t *testing.T) {
 				t.Fatalf("tag %s: %v", tag, err)
 			}
 		}
-		names, err := fs.Glob(d.root.FS(), "blobs/sha256/*")
+		names, err := fs.Glob(d.root.root.FS(), "blobs/sha256/*")
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, name := range names {
-			raw, err := d.root.ReadFile(name)
+			raw, err := d.root.root.ReadFile(name)
 			if err != nil || digest.FromBytes(raw).Encoded() != filepath.Base(name) {
 				t.Fatalf("%s holds %s, %v", name, digest.FromBytes(raw), err)
 			}

@@ -48,6 +48,17 @@ func open(t testing.TB, dir string) *Disk {
 	return d
 }
 
+// on has f called ahead of each such call, to make it fail.
+func (d *Disk) on(c call, f func(name string) error) {
+	before := func(made call, name string) error {
+		if made != c {
+			return nil
+		}
+		return f(name)
+	}
+	d.before.Store(&before)
+}
+
 func content(size int) ([]byte, digest.Digest) {
 	raw := make([]byte, size)
 	_, _ = rand.Read(raw)

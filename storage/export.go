@@ -43,7 +43,7 @@ func (d *Disk) export() error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriter(file)
+	w := bufio.NewWriter(writer{d.volume, file})
 	err = d.writeIndex(w)
 	if err == nil {
 		err = errors.Join(w.Flush(), d.sync(file))
@@ -107,7 +107,7 @@ func (d *Disk) describe(key tagKey) (ispec.Descriptor, error) {
 
 // eachTag walks all tag records.
 func (d *Disk) eachTag(f func(tagKey) error) error {
-	return eachEntry(d.records.Root, ".", func(registry fs.DirEntry) error {
+	return d.records.each(".", func(registry fs.DirEntry) error {
 		if !registry.IsDir() || strings.HasPrefix(registry.Name(), "_") {
 			return nil
 		}
@@ -116,12 +116,12 @@ func (d *Disk) eachTag(f func(tagKey) error) error {
 }
 
 func (d *Disk) eachTagOf(repo oci.Repository, f func(tagKey) error) error {
-	return eachEntry(d.records.Root, path.Join(repo.Registry, repo.Name), func(e fs.DirEntry) error {
+	return d.records.each(path.Join(repo.Registry, repo.Name), func(e fs.DirEntry) error {
 		switch {
 		case !e.IsDir():
 			return nil
 		case e.Name() == "_tags":
-			return eachEntry(d.records.Root, path.Join(repo.Registry, repo.Name, "_tags"), func(e fs.DirEntry) error {
+			return d.records.each(path.Join(repo.Registry, repo.Name, "_tags"), func(e fs.DirEntry) error {
 				if !oci.ValidTag(e.Name()) {
 					return nil
 				}

@@ -115,7 +115,7 @@ func (i *Ingest) Write(p []byte) (int, error) {
 	if err := i.reserve(end); err != nil {
 		return 0, fmt.Errorf("ingest %s: %w", i.dgst, err)
 	}
-	n, err := i.file.Write(p)
+	n, err := i.disk.write(i.file, p)
 	if i.hashed == i.written {
 		i.hash.Write(p[:n])
 		i.hashed += int64(n)
@@ -214,12 +214,12 @@ func (i *Ingest) Commit(c Confirmation) error {
 // never points at what is not stored.
 func (i *Ingest) store(c Confirmation) error {
 	d := i.disk
-	err := i.file.Truncate(i.written) // gives back what was reserved and not needed
+	err := d.truncate(i.file, i.written) // gives back what was reserved and not needed
 	if err == nil {
 		err = d.sync(i.file)
 	}
 	if err := d.publish(i.file, i.name, d.blobName(i.dgst), err); err != nil {
-		_ = d.root.Remove(d.blobName(i.dgst)) // its name may be lost; what is not certain is not stored
+		_ = d.root.remove(d.blobName(i.dgst)) // its name may be lost; what is not certain is not stored
 		return err
 	}
 	return d.confirm(i.repo, i.dgst, i.written, c)
@@ -246,7 +246,7 @@ func (i *Ingest) fail(err error) {
 
 func (i *Ingest) discard() {
 	_ = i.file.Close()
-	_ = i.disk.tmp.Remove(i.name)
+	_ = i.disk.tmp.remove(i.name)
 }
 
 func (i *Ingest) wakeLocked() {
@@ -267,12 +267,12 @@ func (i *Ingest) Size() int64 {
 // offset of its own, and stays readable after Commit. Its waiting ends with ctx, which concerns
 // nobody else.
 func (i *Ingest) Open(ctx context.Context) (*Blob, error) {
-	file, err := i.disk.tmp.Open(i.name)
+	file, err := i.disk.tmp.open(i.name)
 	if errors.Is(err, fs.ErrNotExist) { // committed since
 		file, _, err = i.disk.openFile(i.disk.blobs[i.dgst.Algorithm()], i.dgst.Encoded())
 	}
 	if err == nil {
-		return &Blob{file: file, ingest: i, ctx: ctx}, nil
+		return &Blob{volume: i.disk.volume, file: file, ingest: i, ctx: ctx}, nil
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()

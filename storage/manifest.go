@@ -55,9 +55,9 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return fmt.Errorf("%d bytes are %s: %w", len(m.Raw), got, ErrMismatch)
 	}
 	size := int64(len(m.Raw))
-	if info, err := d.blobs[m.Digest.Algorithm()].Lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
+	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
 		if err := d.put(d.blobName(m.Digest), m.Raw); err != nil {
-			_ = d.root.Remove(d.blobName(m.Digest)) // as in Ingest.store
+			_ = d.root.remove(d.blobName(m.Digest)) // as in Ingest.store
 			return err
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"path"
 	"time"
@@ -93,7 +92,7 @@ func (d *Disk) StoredFrom(dgst digest.Digest, upstream string) bool {
 
 // storedFrom returns the size.
 func (d *Disk) storedFrom(dgst digest.Digest, upstream string) (int64, error) {
-	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	info, err := d.blobs[dgst.Algorithm()].lstat(dgst.Encoded())
 	if err != nil {
 		return 0, err
 	}
@@ -182,7 +181,7 @@ func (d *Disk) readRecord(name string, v storable) error {
 		return d.quarantine(d.records, name, fmt.Errorf("is a record of %d bytes", info.Size()))
 	}
 	raw := make([]byte, info.Size())
-	if _, err := io.ReadFull(file, raw); err != nil {
+	if err := d.readFull(file, raw); err != nil {
 		return err
 	}
 	if err := decodeRecord(raw, v); err != nil {
