@@ -30,6 +30,16 @@ var (
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
 )
 
+// What the store tells of itself. Complete over known is the promise: what would survive an outage.
+var (
+	images      = prometheus.NewDesc("breakwater_images", "Images in the store; an index with its platforms is one.", nil, nil)
+	complete    = prometheus.NewDesc("breakwater_images_complete", "Images of which all blobs are stored.", nil, nil)
+	storeBytes  = prometheus.NewDesc("breakwater_store_bytes", "Disk space of what is stored.", nil, nil)
+	storeOnWay  = prometheus.NewDesc("breakwater_store_reserved_bytes", "Disk space reserved for downloads that run or wait to be gone on with.", nil, nil)
+	storeFiles  = prometheus.NewDesc("breakwater_store_contents", "Blobs and manifests in the store.", nil, nil)
+	evictedDesc = prometheus.NewDesc("breakwater_evicted_images_total", "Images that had to go for want of space.", nil, nil)
+)
+
 func newMetrics(m *Mirror) *metrics {
 	s := &metrics{
 		registry: prometheus.NewRegistry(),
@@ -79,10 +89,19 @@ func cacheLabel(status string) string {
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
 	ch <- breakerState
+	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
+		ch <- desc
+	}
 }
 
 // Collect is for prometheus.Collector: what the upstreams count by themselves.
 func (s *metrics) Collect(ch chan<- prometheus.Metric) {
+	u := s.mirror.store.Usage()
+	for desc, value := range map[*prometheus.Desc]int64{images: int64(u.Images), complete: int64(u.Complete),
+		storeBytes: u.Bytes, storeOnWay: u.Reserved, storeFiles: int64(u.Contents)} {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value))
+	}
+	ch <- prometheus.MustNewConstMetric(evictedDesc, prometheus.CounterValue, float64(u.Evicted))
 	for _, c := range s.mirror.pool.All() {
 		for _, h := range c.Health() {
 			labels := []string{c.Registry(), c.Upstream(), h.Class}

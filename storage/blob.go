@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"breakwater/pkg/oci"
@@ -21,6 +22,7 @@ type Blob struct {
 	size   int64           // of stored content
 	ingest *Ingest         // nil once stored
 	ctx    context.Context // ends the waiting for an ingest; Read has no parameter for it
+	close  func()          // nil if nothing is to be done
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
@@ -37,6 +39,9 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	in := d.blobs[dgst.Algorithm()]
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			d.index.Gone(dgst) // somebody has removed it
+		}
 		return nil, err
 	}
 	r, err := d.reach(repo, dgst)
@@ -47,13 +52,15 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 		_ = file.Close()
 		return nil, err
 	}
-	return &Blob{volume: d.volume, file: file, size: info.Size()}, nil
+	readers := d.index.Open(dgst)
+	return &Blob{volume: d.volume, file: file, size: info.Size(), close: func() { d.index.Close(dgst, readers) }}, nil
 }
 
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
 	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
+	d.index.Gone(dgst)
 	d.manifests.remove(dgst)
 }
 
@@ -115,4 +122,11 @@ func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 }
 
 // Close closes the Blob. An ingest goes on.
-func (b *Blob) Close() error { return b.file.Close() }
+func (b *Blob) Close() error {
+	err := b.file.Close()
+	if b.close != nil {
+		b.close()
+		b.close = nil
+	}
+	return err
+}

@@ -58,7 +58,8 @@ const flushEvery = 5 * time.Second
 // Config says where the store is. Only Dir must be set.
 type Config struct {
 	Dir      string       // the data folder; created if missing
-	Capacity int64        // bytes; nothing larger is taken in. 0 means no bound
+	Capacity int64        // bytes of the disk that it may take, and a twentieth more for a while; 0 means no bound
+	MinFree  int64        // bytes of the disk that it leaves free
 	Logger   *slog.Logger // nil discards
 
 	before func(c call, name string) error // of the volume
@@ -68,6 +69,7 @@ type Config struct {
 type Disk struct {
 	log      *slog.Logger
 	capacity int64
+	minFree  int64
 	lockFile *os.File
 	session  string        // begins the names of this process's temporary files
 	sequence atomic.Uint64 // ends them
@@ -79,14 +81,21 @@ type Disk struct {
 	records folder
 	blobs   map[digest.Algorithm]folder
 
+	index    *index
+	policy   atomic.Pointer[Policy]
+	evicting sync.Mutex    // one at a time; taken before all others
+	evicted  atomic.Int64  // images
+	pressed  chan struct{} // wakes the eviction
+
 	manifests *manifestCache
 	tags      *tagCache
 	exporter  exporter
 	writers   stripes
 	folders   sync.Mutex // held while folders are made, until they are durable
 
-	parking sync.Mutex             // held while parked files get or lose their names; guards parked
+	parking sync.Mutex             // held while parked files get or lose their names; guards parked and space
 	parked  map[string]*parkedHash // by name in tmp/; those not hashed yet are missing
+	space   map[string]int64       // reserved for a parked file, by its name
 
 	stop context.CancelFunc
 	work sync.WaitGroup // all that Open has started
@@ -99,10 +108,14 @@ func Open(cfg Config) (*Disk, error) {
 	d := &Disk{
 		log:      cfg.Logger,
 		capacity: cfg.Capacity,
+		minFree:  cfg.MinFree,
+		index:    newIndex(),
+		pressed:  make(chan struct{}, 1),
 		session:  rand.Text()[:8],
 		volume:   new(volume),
 		writers:  stripes{seed: maphash.MakeSeed()},
 		parked:   map[string]*parkedHash{},
+		space:    map[string]int64{},
 	}
 	if cfg.before != nil {
 		d.before.Store(&cfg.before)
@@ -121,6 +134,10 @@ func Open(cfg Config) (*Disk, error) {
 	d.work.Go(func() {
 		d.sweep(ctx)
 		d.rehash(ctx)
+	})
+	d.work.Go(func() {
+		d.build(ctx)
+		d.evictLoop(ctx)
 	})
 	d.work.Go(func() { d.flushLoop(ctx) })
 	return d, nil

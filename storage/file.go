@@ -69,6 +69,14 @@ func checkFile(in folder, name string, file *os.File) (fs.FileInfo, error) {
 	return info, nil
 }
 
+// allocated is how many bytes of the disk a file takes.
+func allocated(info fs.FileInfo) int64 {
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		return stat.Blocks * 512 // whatever the disk's own block is
+	}
+	return info.Size()
+}
+
 // quarantine takes a file out of service, and returns an error that says so and is fs.ErrNotExist.
 func (d *Disk) quarantine(in folder, name string, reason error) error {
 	from := path.Join(in.path, name)

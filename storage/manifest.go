@@ -37,8 +37,14 @@ type manifestCache struct {
 	entries *lru.Cache[manifestKey, oci.Manifest]
 	bytes   atomic.Int64
 
-	mu    sync.Mutex                // guards pulls
-	pulls map[manifestKey]time.Time // last pulls that are not on the disk yet
+	mu    sync.Mutex           // guards pulls
+	pulls map[manifestKey]pull // last ones that are not on the disk yet
+}
+
+// pull is when a manifest was asked for.
+type pull struct {
+	at   time.Time
+	told bool // the index knows
 }
 
 // PutManifest stores a manifest, read from an upstream for this repository, unless its digest is
@@ -56,8 +62,7 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 	}
 	size := int64(len(m.Raw))
 	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
-		if err := d.put(d.blobName(m.Digest), m.Raw); err != nil {
-			_ = d.root.remove(d.blobName(m.Digest)) // as in Ingest.store
+		if err := d.publishBlob(m.Digest, func() error { return d.put(d.blobName(m.Digest), m.Raw) }); err != nil {
 			return err
 		}
 	}
@@ -74,6 +79,7 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 	if err := d.confirmAs(name, record{Size: size, MediaType: m.MediaType}, c); err != nil {
 		return err
 	}
+	d.index.Manifest(repo, m, time.Time{})
 	d.manifests.add(manifestKey{repo, m.Digest}, m)
 	return nil
 }
@@ -122,8 +128,9 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 // flushPulls writes when manifests were last pulled, where there is a record: names that clients make
 // up must not become folders.
 func (d *Disk) flushPulls() {
-	for key, at := range d.manifests.takePulls() {
-		if err := d.flushPull(key, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	d.index.Pulled(d.manifests.untold())
+	for key, p := range d.manifests.takePulls() {
+		if err := d.flushPull(key, p.at); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			d.log.Warn("cannot note a pull", "repository", key.repo.String(), "digest", key.dgst, "err", err)
 		}
 	}
@@ -143,7 +150,7 @@ func (d *Disk) flushPull(key manifestKey, at time.Time) error {
 }
 
 func newManifestCache() (*manifestCache, error) {
-	c := &manifestCache{pulls: map[manifestKey]time.Time{}}
+	c := &manifestCache{pulls: map[manifestKey]pull{}}
 	var err error
 	c.entries, err = lru.NewWithEvict(manifestEntries, func(_ manifestKey, m oci.Manifest) { c.bytes.Add(-memory(m)) })
 	return c, err
@@ -179,14 +186,28 @@ func (c *manifestCache) pulled(key manifestKey) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.pulls) < manifestEntries {
-		c.pulls[key] = now
+		c.pulls[key] = pull{at: now}
 	}
 }
 
-func (c *manifestCache) takePulls() map[manifestKey]time.Time {
+// untold takes the pulls that the index does not know of.
+func (c *manifestCache) untold() map[manifestKey]time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	untold := map[manifestKey]time.Time{}
+	for key, p := range c.pulls {
+		if !p.told {
+			untold[key] = p.at
+			c.pulls[key] = pull{p.at, true}
+		}
+	}
+	return untold
+}
+
+func (c *manifestCache) takePulls() map[manifestKey]pull {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	pulls := c.pulls
-	c.pulls = map[manifestKey]time.Time{}
+	c.pulls = map[manifestKey]pull{}
 	return pulls
 }

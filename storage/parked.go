@@ -7,6 +7,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -58,6 +59,7 @@ func (i *Ingest) Park(err error) {
 	i.ended = true
 	i.fail(err)
 	if perr := errors.Join(i.file.Close(), i.disk.park(i)); perr != nil {
+		i.release()
 		_ = i.disk.tmp.remove(i.name)
 		i.disk.log.Warn("cannot park a download", "digest", i.dgst, "err", perr)
 	}
@@ -77,13 +79,22 @@ func (d *Disk) park(i *Ingest) error {
 	d.parking.Lock()
 	defer d.parking.Unlock()
 	if old, err := d.tmp.lstat(name); err == nil && d.checkParked(name, old) == nil && old.Size() >= info.Size() {
+		i.release()
 		return d.tmp.remove(i.name)
 	}
 	if err := d.tmp.rename(i.name, name); err != nil {
 		return err
 	}
 	d.parked[name] = &parkedHash{i.hash, i.hashed, info}
+	d.freeSpace(name)
+	d.space[name], i.counted = i.counted, 0
 	return nil
+}
+
+// freeSpace counts a parked file's space as nobody's. The lock is held.
+func (d *Disk) freeSpace(name string) {
+	d.index.Reserve(-d.space[name], 0)
+	delete(d.space, name)
 }
 
 // takeUp goes on with what is parked of the ingest's digest and size, and reports whether anything
@@ -97,9 +108,12 @@ func (i *Ingest) takeUp() bool {
 	d.parking.Lock()
 	state := d.parked[parked]
 	delete(d.parked, parked)
+	i.counted = d.space[parked]
+	delete(d.space, parked)
 	err := d.tmp.rename(parked, name)
 	d.parking.Unlock()
 	if errors.Is(err, fs.ErrNotExist) {
+		i.release()
 		return false
 	}
 	var file *os.File
@@ -108,6 +122,7 @@ func (i *Ingest) takeUp() bool {
 		file, info, err = d.openParked(parked, name)
 	}
 	if err != nil {
+		i.release()
 		d.log.Warn("dropped a parked download", "file", parked, "err", errors.Join(err, d.tmp.remove(name)))
 		return false
 	}
@@ -199,6 +214,7 @@ func (d *Disk) dropExpired() {
 		}
 		if err != nil {
 			delete(d.parked, name)
+			d.freeSpace(name)
 			d.log.Info("dropped a parked download", "reason", err, "err", d.tmp.remove(name))
 		}
 		return nil
@@ -225,6 +241,7 @@ func (d *Disk) dropOldest() bool {
 	d.parking.Lock()
 	defer d.parking.Unlock()
 	delete(d.parked, oldest)
+	d.freeSpace(oldest)
 	err = d.tmp.remove(oldest)
 	d.log.Info("dropped a parked download", "file", oldest, "reason", "space is short", "err", err)
 	return err == nil || errors.Is(err, fs.ErrNotExist) // taken up since: look again
@@ -272,6 +289,10 @@ func (d *Disk) rehashParked(ctx context.Context, name string) error {
 	defer file.Close()
 	state := &parkedHash{hash: dgst.Algorithm().Hash(), info: info}
 	d.parked[name] = state
+	if _, known := d.space[name]; !known {
+		d.space[name] = allocated(info)
+		d.index.Reserve(allocated(info), math.MaxInt64)
+	}
 	d.parking.Unlock()
 	buf := make([]byte, 256<<10)
 	for {

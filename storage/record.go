@@ -132,7 +132,11 @@ func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Co
 	if err := d.confirmAs(originRecord(dgst), record{Size: size, Repository: repo.String()}, c); err != nil {
 		return err
 	}
-	return d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
+	err := d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
+	if err == nil {
+		d.index.Private(repo, dgst)
+	}
+	return err
 }
 
 // confirmAs writes one record, unless it says the same already.
