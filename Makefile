@@ -26,4 +26,7 @@ bench:
 demo:
 	go run ./cmd/demo
 
-.PHONY: build run test lint fuzz bench demo
+soak:
+	go run ./cmd/soak
+
+.PHONY: build run test lint fuzz bench demo soak
