@@ -48,8 +48,8 @@ type soak struct {
 }
 
 func (s *soak) run(ctx context.Context) (err error) {
-	if s.length <= 0 || s.clients < 1 || s.images < perRepository {
-		return fmt.Errorf("-for and -clients must be more than 0, -images at least %d", perRepository)
+	if s.length < time.Second || s.clients < 1 || s.images < perRepository {
+		return fmt.Errorf("-for must be at least 1s, -clients 1, -images %d", perRepository)
 	}
 	dir, err := os.MkdirTemp("", "breakwater-soak-")
 	if err != nil {

@@ -129,6 +129,7 @@ func build(ctx context.Context, dir string) (string, error) {
 // readLog reads the log to its end: where breakwater listens, which breakers open, and what should
 // never be there, errors of its own and what is no log line, such as a data race.
 func (m *mirror) readLog(log io.Reader, serving chan<- [2]string) {
+	spoke := false
 	for lines := bufio.NewReader(log); ; {
 		raw, err := lines.ReadBytes('\n')
 		if err != nil {
@@ -140,7 +141,11 @@ func (m *mirror) readLog(log io.Reader, serving chan<- [2]string) {
 		var line struct{ Level, Msg, Listen, Admin, Upstream, Class string }
 		switch err := json.Unmarshal(raw, &line); {
 		case err != nil:
-			m.tally.violate("breakwater wrote: %s", bytes.TrimSpace(raw))
+			if !spoke {
+				m.tally.violate("breakwater writes what is no log line")
+			}
+			spoke = true
+			_, _ = os.Stderr.Write(raw)
 		case line.Level == "ERROR":
 			m.tally.violate("breakwater logged: %s", bytes.TrimSpace(raw))
 		case line.Msg == "serving":
