@@ -17,6 +17,7 @@ func (r *rig) serve(path string) *http.Response {
 	w, req := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, path, nil)
 	req.Host = "localhost"
 	r.mirror.ServeHTTP(w, req)
+	r.tells(path, w.Result().Header, w.Body.Bytes())
 	return w.Result()
 }
 

@@ -28,7 +28,7 @@ registries:
 // withPassword is a configuration in which quay.test is asked as robot, and the secret.
 func withPassword(t *testing.T) string {
 	file := filepath.Join(t.TempDir(), "password")
-	if err := os.WriteFile(file, []byte("hunter2\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(registrytest.Canary+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return strings.Replace(secureUpstream, `"https://quay.test"`, `"https://quay.test", credentials: {username: robot, password_file: "`+file+`"}`, 1)
@@ -211,7 +211,7 @@ func (r *rig) follow(scheme string, hops []string, blob registrytest.Blob) {
 		}
 		r.quay.ServeHTTP(w, req)
 	}))
-	r.quay.Configure(registrytest.Config{Auth: registrytest.Auth{Scheme: scheme, Users: map[string]string{"robot": "hunter2"}}})
+	r.quay.Configure(registrytest.Config{Auth: registrytest.Auth{Scheme: scheme, Users: map[string]string{"robot": registrytest.Canary}}})
 	r.quay.PutBlob("org/app", blob.Bytes)
 	authorized := func(req *http.Request) bool {
 		return strings.HasPrefix(req.Header.Get("Authorization"), scheme) && !strings.HasPrefix(req.URL.Path, "/token")

@@ -96,11 +96,12 @@ func startMirror(t *testing.T, program, config, data string) *crashing {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	log := bufio.NewScanner(out)
+	said := io.TeeReader(out, registrytest.Watch(t))
+	log := bufio.NewScanner(said)
 	for log.Scan() {
 		if _, rest, ok := strings.Cut(log.Text(), "msg=serving listen="); ok {
 			address, _, _ := strings.Cut(rest, " ")
-			go func() { _, _ = io.Copy(io.Discard, out) }() // ends with the process
+			go func() { _, _ = io.Copy(io.Discard, said) }() // ends with the process
 			transport := &http.Transport{MaxIdleConnsPerHost: 64}
 			t.Cleanup(transport.CloseIdleConnections)
 			return &crashing{t, cmd, "http://" + address, time.Since(started), &http.Client{Transport: transport, Timeout: 20 * time.Second}}
