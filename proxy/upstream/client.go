@@ -87,7 +87,7 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 	if c.route, err = newRoute(p, cfg, base); err != nil {
 		return nil, fmt.Errorf("upstream %s: %w", base.Host, err)
 	}
-	c.http = &http.Client{Transport: c.route.transport(), CheckRedirect: checkRedirect}
+	c.http = &http.Client{Transport: transport{c.route.transport()}, CheckRedirect: checkRedirect}
 	c.auth = newAuthorizer(c)
 	probes := [3]func(context.Context) error{c.probeToken, c.probeManifest, c.probeBlob}
 	for class := classToken; class <= classBlob; class++ {

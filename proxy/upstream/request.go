@@ -263,6 +263,20 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	return nil
 }
 
+// transport hides a Location that is no URL from http.Client, whose error would tell all of it: it may
+// well be a signed one.
+type transport struct{ *http.Transport }
+
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.Transport.RoundTrip(req)
+	if err == nil {
+		if _, err := req.URL.Parse(resp.Header.Get("Location")); err != nil {
+			resp.Header.Del("Location")
+		}
+	}
+	return resp, err
+}
+
 // withoutURL drops from http.Client's error what may be a signed URL: its prefix, and, if there was an
 // answer but its redirect could not be followed, all of it.
 func withoutURL(resp *http.Response, err error) error {
