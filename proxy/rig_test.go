@@ -40,6 +40,7 @@ type rig struct {
 	dir     string
 	client  *http.Client
 	server  *registrytest.Server
+	secure  *registrytest.Server // quay.test over https, in some tests
 }
 
 const oneUpstream = `
