@@ -20,6 +20,7 @@ type model struct {
 	since, until time.Duration
 	openings     int // in a row
 	trialEnds    time.Duration
+	again        time.Duration // in half-open: the next probe; 0 for none
 	history      []result // since the state last changed
 	changes      int
 	held         [2]heldOff
@@ -136,7 +137,7 @@ func (m *model) end(f flight, v verdict, probe verdict) {
 }
 
 func (m *model) change(state string) {
-	m.state, m.history, m.held, m.trialEnds = state, nil, [2]heldOff{}, -1
+	m.state, m.history, m.held, m.trialEnds, m.again = state, nil, [2]heldOff{}, -1, 0
 	m.changes++
 }
 
@@ -190,11 +191,13 @@ func (m *model) probe(answer verdict) {
 	if m.state == stateOpen {
 		m.state = stateHalfOpen
 	}
-	if state, _ := m.refusal(0); state != "" {
-		return
+	if state, _ := m.refusal(0); state == "" {
+		m.probes++
+		m.end(m.begin(0), answer, answer)
 	}
-	m.probes++
-	m.end(m.begin(0), answer, answer)
+	if m.state == stateHalfOpen {
+		m.again = m.now + 60*time.Second
+	}
 }
 
 // due is the next moment at which something may be asked that may not be now.
@@ -212,8 +215,15 @@ func (m *model) due() time.Duration {
 }
 
 func (m *model) wait(until time.Duration, probe verdict) {
-	for m.state == stateOpen && m.until <= until {
-		m.now = m.until
+	for {
+		next := m.again
+		if m.state == stateOpen {
+			next = m.until
+		}
+		if next == 0 || next > until {
+			break
+		}
+		m.now = next
 		m.probe(probe)
 	}
 	m.now = until
