@@ -40,7 +40,7 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			d.index.Gone(dgst) // somebody has removed it
+			d.noteGone(dgst)
 		}
 		return nil, err
 	}
@@ -56,11 +56,26 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	return &Blob{volume: d.volume, file: file, size: info.Size(), close: func() { d.index.Close(dgst, readers) }}, nil
 }
 
+// noteGone tells the index that somebody has removed a file behind our back, if it was not stored again
+// since.
+func (d *Disk) noteGone(dgst digest.Digest) {
+	if !d.index.Is(dgst) {
+		return
+	}
+	name := d.blobName(dgst)
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	if _, err := d.root.lstat(name); errors.Is(err, fs.ErrNotExist) {
+		d.index.Gone(dgst)
+	}
+}
+
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
 	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
-	d.index.Gone(dgst)
+	d.noteGone(dgst)
 	d.manifests.remove(dgst)
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"flag"
 	"io"
 	"io/fs"
 	"os"
@@ -31,6 +32,7 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashDir); dir != "" {
 		writeUntilKilled(dir)
 	}
+	_ = flag.Set("rapid.checks", "12") // each syncs hundreds of times; -rapid.checks=300 was run too
 	goleak.VerifyTestMain(m)
 }
 

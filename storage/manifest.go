@@ -61,7 +61,7 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return fmt.Errorf("%d bytes are %s: %w", len(m.Raw), got, ErrMismatch)
 	}
 	size := int64(len(m.Raw))
-	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
+	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size || d.leaves(m.Digest) {
 		if err := d.publishBlob(m.Digest, func() error { return d.put(d.blobName(m.Digest), m.Raw) }); err != nil {
 			return err
 		}
@@ -80,8 +80,22 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return err
 	}
 	d.index.Manifest(repo, m, time.Time{})
-	d.manifests.add(manifestKey{repo, m.Digest}, m)
+	d.remember(manifestKey{repo, m.Digest}, m)
 	return nil
+}
+
+// remember holds a manifest in memory, unless it was evicted since it was stored or read.
+func (d *Disk) remember(key manifestKey, m oci.Manifest) {
+	d.manifests.add(key, m)
+	if d.leaves(key.dgst) {
+		d.manifests.remove(key.dgst)
+	}
+}
+
+// leaves reports whether content that is or was there is being evicted.
+func (d *Disk) leaves(dgst digest.Digest) bool {
+	_, built := d.index.Complete(dgst)
+	return built && !d.index.Is(dgst)
 }
 
 // Manifest returns a stored manifest that this repository reaches, and notes that it was pulled.
@@ -121,7 +135,7 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 	if err != nil {
 		return oci.Manifest{}, errors.Join(err, fs.ErrNotExist)
 	}
-	d.manifests.add(key, m)
+	d.remember(key, m)
 	return m, nil
 }
 
