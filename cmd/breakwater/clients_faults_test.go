@@ -44,12 +44,7 @@ func (f networkFault) test(t *testing.T) {
 	for registry, c := range engines {
 		pullAll(t, c, []string{registry + names[0], registry + names[1]})
 	}
-	table := func(action string) {
-		args := append([]string{"iptables", action, "OUTPUT", "-p", "tcp", "--dport", "8080", "-j"}, strings.Fields(f.rule)...)
-		if out, err := h.output(h.command(t.Context(), nil, args...)); err != nil {
-			cannot(t, "no packet filter: %v %s", err, out)
-		}
-	}
+	table := func(action string) { h.filter(t, action+" OUTPUT -p tcp --dport 8080 -j "+f.rule) }
 	table("--append")
 	t.Run("stored", func(t *testing.T) {
 		h.wantStale(t, f.first)
@@ -92,6 +87,15 @@ func (f networkFault) test(t *testing.T) {
 	})
 	table("--delete")
 	m.stop(t)
+}
+
+// filter changes the packets that pass on the host: what iptables is told.
+func (h *host) filter(t *testing.T, rule string) {
+	t.Helper()
+	args := append([]string{"iptables"}, strings.Fields(rule)...)
+	if out, err := h.output(h.command(t.Context(), nil, args...)); err != nil {
+		cannot(t, "no packet filter: %v %s", err, out)
+	}
 }
 
 // wantStale asks for a stored tag and wants it marked stale, in time. It returns the time it took.
