@@ -57,7 +57,7 @@ func (f networkFault) test(t *testing.T) {
 		}
 		within(t, 20*time.Second, func() error {
 			h.wantStale(t, f.first)
-			return h.breakerOpen()
+			return h.breaker("open")
 		})
 		h.wantRefusal(t, 50*time.Millisecond)
 		for registry, c := range engines {
@@ -136,10 +136,10 @@ func (h *host) wantRefusal(t *testing.T, limit time.Duration) {
 	}
 }
 
-// breakerOpen returns nil if the breaker of docker.io's manifests is open.
-func (h *host) breakerOpen() error {
+// breaker returns nil if the breaker of docker.io's manifests is in that state.
+func (h *host) breaker(state string) error {
 	metrics, err := h.ask(http.MethodGet, "http://"+adminAddr+"/metrics")
-	want := fmt.Sprintf(`breakwater_breaker_state{class="manifest",registry="docker.io",state="open",upstream=%q} 1`, upstreamAddr)
+	want := fmt.Sprintf(`breakwater_breaker_state{class="manifest",registry="docker.io",state=%q,upstream=%q} 1`, state, upstreamAddr)
 	if err == nil && !strings.Contains(metrics.body, want) {
 		err = fmt.Errorf("metrics have no %s", want)
 	}
