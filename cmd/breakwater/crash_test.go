@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -24,20 +23,20 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// crashRounds is the CI size of F45; BREAKWATER_TEST_ROUNDS=500 is the full one (make faults-full).
-const crashRounds = 20
+// sized is how much of a fault there is: in CI, or in full, by `make faults-full`. The variable's name
+// is none that the program reads.
+func sized[T any](ci, full T) T {
+	if os.Getenv("FAULTS") == "full" {
+		return full
+	}
+	return ci
+}
 
 // TestF45KilledAtAnyTime kills the real binary in the middle of concurrent fetches, again and again.
 // Whatever it had called stored must be there after the restart, with every upstream out, and nothing
 // else than verified content may be in the store.
 func TestF45KilledAtAnyTime(t *testing.T) {
-	rounds := crashRounds
-	if s := os.Getenv("BREAKWATER_TEST_ROUNDS"); s != "" {
-		var err error
-		if rounds, err = strconv.Atoi(s); err != nil {
-			t.Fatal(err)
-		}
-	}
+	rounds := sized(20, 500)
 	program := binary(t)
 	reg := registrytest.New(registrytest.Config{})
 	up := reg.Start(t)
