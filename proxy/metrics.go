@@ -26,6 +26,8 @@ type metrics struct {
 var (
 	upstreamRequests = prometheus.NewDesc("breakwater_upstream_requests_total",
 		"Requests to an upstream by class (token, manifest, blob) and what they say of it.", []string{"registry", "upstream", "class", "verdict"}, nil)
+	upstreamFirstByte = prometheus.NewDesc("breakwater_upstream_first_byte_seconds",
+		"Time until an answer of an upstream began, redirects included, by class. Requests without one are not in it.", []string{"registry", "upstream", "class"}, nil)
 	breakerState = prometheus.NewDesc("breakwater_breaker_state",
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
 )
@@ -88,6 +90,7 @@ func cacheLabel(status string) string {
 // Describe is for prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
+	ch <- upstreamFirstByte
 	ch <- breakerState
 	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
 		ch <- desc
@@ -108,6 +111,8 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 			for verdict, n := range map[string]int64{"success": h.Succeeded, "failure": h.Failed, "excluded": h.Excluded} {
 				ch <- prometheus.MustNewConstMetric(upstreamRequests, prometheus.CounterValue, float64(n), append(labels, verdict)...)
 			}
+			f := h.FirstBytes
+			ch <- prometheus.MustNewConstHistogram(upstreamFirstByte, f.Count, f.Seconds, f.Within, labels...)
 			for _, state := range []string{"closed", "half-open", "open"} {
 				value := 0.0
 				if state == h.State {

@@ -216,6 +216,7 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 		}
 	}
 	end := func(cause error) { leave(); cancel(cause) }
+	began := time.Now()
 	resp, again, err := c.try(&client, req)
 	if err != nil {
 		failed := c.failed(ctx, class, withoutURL(resp, err))
@@ -233,6 +234,7 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 		}
 		return nil, failed
 	}
+	c.latency[class].observe(time.Since(began))
 	resp.Body = &stallGuard{ReadCloser: resp.Body, cancel: end, timeout: stallTimeout, timer: stopped(func() {
 		end(errStalled)
 		c.pool.closeIdle(c)
