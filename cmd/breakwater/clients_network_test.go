@@ -137,7 +137,8 @@ func TestF30PacketLoss(t *testing.T) {
 				})
 			}
 			clients.Wait()
-			t.Logf("%d answers, %d errors; the slowest header took %v, that of what is stored %v", l.answers, l.errors, l.slowest, l.slowestHit)
+			t.Logf("F30: with %s of packets lost %d answers, %d images not had; the slowest header took %v, that of what is stored %v",
+				row.name, l.answers, l.errors, l.slowest.Round(time.Millisecond), l.slowestHit.Round(time.Millisecond))
 			m.stop(t)
 		})
 	}
@@ -281,6 +282,7 @@ func TestF31SlowLink(t *testing.T) {
 	if first, second := up.gets(upstreamAddr, missing), up.gets(secondAddr, missing); len(first) != 1 || len(second) != 0 {
 		t.Errorf("upstreams were asked %d and %d times, want the first, once", len(first), len(second))
 	}
-	t.Logf("%d bytes took %v; %d reads of what is stored took %v at most", missing.Size, took.Round(time.Millisecond), hits, slowest)
+	t.Logf("F31: %d bytes took %v of a link that needs %v; %d reads of what is stored took %v at most",
+		missing.Size, took.Round(time.Millisecond), alone, hits, slowest.Round(time.Millisecond))
 	m.stop(t)
 }

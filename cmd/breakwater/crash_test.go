@@ -65,7 +65,7 @@ func TestF45KilledAtAnyTime(t *testing.T) {
 		checkBlobs(t, data)
 		total += len(acknowledged)
 	}
-	t.Logf("%d rounds, %d blobs acknowledged, slowest start %v", rounds, total, slowest)
+	t.Logf("F45: %d rounds, %d blobs acknowledged, slowest start %v", rounds, total, slowest)
 	if total == 0 {
 		t.Error("nothing was acknowledged, so nothing was tested")
 	}
