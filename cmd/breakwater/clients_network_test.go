@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -257,11 +258,11 @@ func TestF31SlowLink(t *testing.T) {
 		defer close(done)
 		seen = h.watch(t, missing)
 	}()
-	hits, slowest := 0, time.Duration(0)
-	for running := true; running; hits++ {
+	var hits []time.Duration
+	for running := true; running; {
 		began := time.Now()
 		h.watch(t, stored)
-		slowest = max(slowest, time.Since(began))
+		hits = append(hits, time.Since(began))
 		select {
 		case <-done:
 			running = false
@@ -276,13 +277,14 @@ func TestF31SlowLink(t *testing.T) {
 	if seen.longest > 5*time.Second {
 		t.Errorf("nothing came for %v, after %d bytes", seen.longest, seen.at)
 	}
-	if slowest > time.Second {
-		t.Errorf("what is stored took up to %v", slowest)
+	slices.Sort(hits)
+	if hits[len(hits)/2] > time.Second || hits[len(hits)-1] > 5*time.Second { // the link needs 8 s for it
+		t.Errorf("what is stored took %v, want much less than by the link", hits)
 	}
 	if first, second := up.gets(upstreamAddr, missing), up.gets(secondAddr, missing); len(first) != 1 || len(second) != 0 {
 		t.Errorf("upstreams were asked %d and %d times, want the first, once", len(first), len(second))
 	}
 	t.Logf("F31: %d bytes took %v of a link that needs %v; %d reads of what is stored took %v at most",
-		missing.Size, took.Round(time.Millisecond), alone, hits, slowest.Round(time.Millisecond))
+		missing.Size, took.Round(time.Millisecond), alone, len(hits), hits[len(hits)-1].Round(time.Millisecond))
 	m.stop(t)
 }
