@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,8 +15,8 @@ import (
 )
 
 const (
-	// cutRounds is how often the power is cut; BREAKWATER_TEST_CUTS=200 is the full size (make powercut).
-	cutRounds = 4
+	// How often the power is cut; make powercut sets FAULTS=full.
+	cutRounds, allCutRounds = 4, 200
 	// noSync is the variable that takes every fsync out of the writer.
 	noSync = "BREAKWATER_TEST_NO_SYNC"
 
@@ -33,11 +32,8 @@ func TestF46PowerCut(t *testing.T) {
 		t.Skip("mounting needs root")
 	}
 	rounds := cutRounds
-	if s := os.Getenv("BREAKWATER_TEST_CUTS"); s != "" {
-		var err error
-		if rounds, err = strconv.Atoi(s); err != nil {
-			t.Fatal(err)
-		}
+	if os.Getenv("FAULTS") == "full" {
+		rounds = allCutRounds
 	}
 	const fresh = 20 // rounds on one file system, before it is full
 	dir := t.TempDir()
