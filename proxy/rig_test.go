@@ -38,6 +38,7 @@ type rig struct {
 	mirror  *Mirror
 	store   *storage.Disk
 	dir     string
+	disk    storage.Config
 	client  *http.Client
 	server  *registrytest.Server
 	secure  *registrytest.Server // quay.test over https, in some tests
@@ -64,9 +65,15 @@ const capacity = 64 << 20
 // bubble runs f with a rig whose configuration is yaml.
 func bubble(t *testing.T, yaml string, f func(*rig)) {
 	t.Helper()
+	bubbleOn(t, storage.Config{}, yaml, f)
+}
+
+// bubbleOn is bubble with a disk that may fail.
+func bubbleOn(t *testing.T, disk storage.Config, yaml string, f func(*rig)) {
+	t.Helper()
 	dir := t.TempDir() // outside: its removal must come after everything in the bubble
 	synctest.Test(t, func(t *testing.T) {
-		r := &rig{T: t, network: registrytest.NewNetwork(), quay: registrytest.New(registrytest.Config{}), dir: dir}
+		r := &rig{T: t, network: registrytest.NewNetwork(), quay: registrytest.New(registrytest.Config{}), dir: dir, disk: disk}
 		t.Cleanup(func() { _ = r.network.Close() })
 		r.quay.Serve(t, r.network, "quay.test:80")
 		r.start(yaml)
@@ -95,7 +102,9 @@ func (r *rig) config(yaml string) *config.Config {
 func (r *rig) start(yaml string) {
 	r.Helper()
 	var err error
-	if r.store, err = storage.Open(storage.Config{Dir: filepath.Join(r.dir, "data"), Capacity: capacity}); err != nil {
+	disk := r.disk
+	disk.Dir, disk.Capacity = filepath.Join(r.dir, "data"), capacity
+	if r.store, err = storage.Open(disk); err != nil {
 		r.Fatal(err)
 	}
 	logged := registrytest.Watch(r)

@@ -32,8 +32,8 @@ const crashDir = "BREAKWATER_TEST_CRASH_DIR"
 func writeUntilKilled(dir string) {
 	cfg := Config{Dir: dir, Capacity: 1 << 30}
 	if os.Getenv(noSync) != "" {
-		cfg.before = func(c call, _ string) error {
-			if c == callSync {
+		cfg.Fault = func(call, _ string) error {
+			if call == string(callSync) {
 				return errNoSync
 			}
 			return nil

@@ -37,6 +37,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -51,6 +52,9 @@ import (
 // layoutVersion is what VERSION holds. It grows when an older Breakwater could misread the folder.
 const layoutVersion = 1
 
+// panicPause is how long nothing happens behind the requests after a panic there.
+const panicPause = 10 * time.Second
+
 // flushEvery is how often what is only kept in memory goes to the disk: ages that look a little
 // older after a crash are all that can be lost.
 const flushEvery = 5 * time.Second
@@ -62,7 +66,10 @@ type Config struct {
 	MinFree  int64        // bytes of the disk that it leaves free
 	Logger   *slog.Logger // nil discards
 
-	before func(c call, name string) error // of the volume
+	// Fault is for tests, nil otherwise: it is called ahead of each call of the file system (open, create,
+	// read, write, sync …) with the path that it concerns, and makes it fail by returning an error. A write
+	// that fails with io.ErrShortWrite lets half through.
+	Fault func(call, name string) error
 }
 
 // Disk is the store in one data folder. All of its methods may be called at the same time.
@@ -117,8 +124,8 @@ func Open(cfg Config) (*Disk, error) {
 		parked:   map[string]*parkedHash{},
 		space:    map[string]int64{},
 	}
-	if cfg.before != nil {
-		d.before.Store(&cfg.before)
+	if cfg.Fault != nil {
+		d.fault.Store(&cfg.Fault)
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -131,16 +138,39 @@ func Open(cfg Config) (*Disk, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	d.stop = stop
-	d.work.Go(func() {
+	d.behind(ctx, func() {
 		d.sweep(ctx)
 		d.rehash(ctx)
 	})
-	d.work.Go(func() {
+	d.behind(ctx, func() {
 		d.build(ctx)
 		d.evictLoop(ctx)
 	})
-	d.work.Go(func() { d.flushLoop(ctx) })
+	d.behind(ctx, func() { d.flushLoop(ctx) })
 	return d, nil
+}
+
+// behind runs what goes on behind the requests. A panic there must not end them: it is logged, and begun
+// again after a while.
+func (d *Disk) behind(ctx context.Context, do func()) {
+	attempt := func() (done bool) {
+		defer func() {
+			if recovered := recover(); recovered != nil {
+				d.log.Error("panic behind the requests", "err", recovered, "stack", string(debug.Stack()))
+			}
+		}()
+		do()
+		return true
+	}
+	d.work.Go(func() {
+		for !attempt() {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(panicPause):
+			}
+		}
+	})
 }
 
 // open does all of Open that can fail.

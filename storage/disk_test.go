@@ -52,13 +52,13 @@ func open(t testing.TB, dir string) *Disk {
 
 // on has f called ahead of each such call, to make it fail.
 func (d *Disk) on(c call, f func(name string) error) {
-	before := func(made call, name string) error {
-		if made != c {
+	fault := func(made, name string) error {
+		if made != string(c) {
 			return nil
 		}
 		return f(name)
 	}
-	d.before.Store(&before)
+	d.fault.Store(&fault)
 }
 
 func content(size int) ([]byte, digest.Digest) {

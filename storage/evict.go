@@ -37,6 +37,7 @@ func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 func (d *Disk) Usage() Usage {
 	u := d.index.Usage()
 	u.Evicted = d.evicted.Load()
+	u.Exports, u.ExportTime, u.ExportPause = d.exporter.count.Load(), time.Duration(d.exporter.took.Load()), time.Duration(d.exporter.pause.Load())
 	return u
 }
 
@@ -391,7 +392,7 @@ func (d *Disk) evictLoop(ctx context.Context) {
 // image by its digest, with the tags that name it. It returns how many bytes that was, and fs.ErrNotExist
 // if nothing of the kind is stored.
 func (d *Disk) Remove(ref oci.Reference) (int64, error) {
-	if !d.index.Usage().Built {
+	if !d.index.Built() {
 		return 0, errors.New("the store is still being looked through: try again in a minute")
 	}
 	d.evicting.Lock()

@@ -94,8 +94,7 @@ func (d *Disk) remember(key manifestKey, m oci.Manifest) {
 
 // leaves reports whether content that is or was there is being evicted.
 func (d *Disk) leaves(dgst digest.Digest) bool {
-	_, built := d.index.Complete(dgst)
-	return built && !d.index.Is(dgst)
+	return d.index.Built() && !d.index.Is(dgst)
 }
 
 // Manifest returns a stored manifest that this repository reaches, and notes that it was pulled.

@@ -33,21 +33,17 @@ const (
 )
 
 // volume is the one seam between the store and the file system: nothing else in this package calls the
-// os. before, which only tests set, is called ahead of each call with the path that it concerns, and
-// makes it fail by returning an error; errShort lets half of a write through first.
+// os. fault is Config's.
 type volume struct {
-	before atomic.Pointer[func(c call, name string) error]
+	fault atomic.Pointer[func(call, name string) error]
 }
 
-// What before may return, besides the errors of an operating system.
-var (
-	errShort  = errors.New("short write")
-	errNoSync = errors.New("not synced") // and nobody is told
-)
+// errNoSync, from fault, leaves a sync out and tells nobody.
+var errNoSync = errors.New("not synced")
 
 func (v *volume) may(c call, name string) error {
-	if before := v.before.Load(); before != nil {
-		return (*before)(c, name)
+	if fault := v.fault.Load(); fault != nil {
+		return (*fault)(string(c), name)
 	}
 	return nil
 }
@@ -171,7 +167,7 @@ func (v *volume) read(file *os.File, p []byte) (int, error) {
 
 func (v *volume) write(file *os.File, p []byte) (int, error) {
 	err := v.may(callWrite, file.Name())
-	if errors.Is(err, errShort) {
+	if errors.Is(err, io.ErrShortWrite) {
 		n, werr := file.Write(p[:len(p)/2])
 		return n, errors.Join(werr, io.ErrShortWrite)
 	}

@@ -20,7 +20,7 @@ func TestImportsPointDown(t *testing.T) {
 		// For tests, the demo, the bench and the soak only.
 		"breakwater/pkg/registrytest": {"breakwater/pkg/oci"},
 		"breakwater/cmd/demo":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
-		"breakwater/cmd/bench":        {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
+		"breakwater/cmd/bench":        {"breakwater/pkg/oci", "breakwater/pkg/registrytest", "breakwater/storage"},
 		"breakwater/cmd/soak":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
 	}
 	homes := map[string]string{
