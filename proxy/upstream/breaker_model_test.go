@@ -21,7 +21,7 @@ type model struct {
 	openings     int // in a row
 	trialEnds    time.Duration
 	again        time.Duration // in half-open: the next probe; 0 for none
-	history      []result // since the state last changed
+	history      []result      // since the state last changed
 	changes      int
 	held         [2]heldOff
 	flying       *flight
