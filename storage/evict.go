@@ -36,7 +36,7 @@ func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 // Usage tells what the store holds.
 func (d *Disk) Usage() Usage {
 	u := d.index.Usage()
-	u.Evicted = d.evicted.Load()
+	u.Evicted, u.Capacity = d.evicted.Load(), d.capacity
 	u.Exports, u.ExportTime, u.ExportPause = d.exporter.count.Load(), time.Duration(d.exporter.took.Load()), time.Duration(d.exporter.pause.Load())
 	return u
 }

@@ -418,6 +418,7 @@ type Usage struct {
 	Contents int   // blobs and manifests
 	Bytes    int64 // allocated on the disk
 	Reserved int64 // for what is on its way, or parked
+	Capacity int64 // what it may take; math.MaxInt64 is no bound
 	Evicted  int64 // images, since the start
 	// index.json: how often it was written since the start, how long that took in all, and how long the
 	// last one has to be waited for.
