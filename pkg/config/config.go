@@ -6,6 +6,7 @@ package config
 
 import (
 	"cmp"
+	"fmt"
 	"os"
 	"path"
 	"path/filepath"
@@ -189,15 +190,20 @@ func (c *Config) NamesRegistry(first string) bool {
 }
 
 // Image is the image that people mean: without a registry's name it is one of DefaultRegistry, and with
-// neither a tag nor a digest it is latest. Its error is an *oci.Error.
+// neither a tag nor a digest it is latest.
 func (c *Config) Image(s string) (oci.Reference, error) {
+	typed := s
 	if first, _, more := strings.Cut(s, "/"); !more || !c.NamesRegistry(first) {
 		s = c.DefaultRegistry + "/" + s
 	}
 	if !strings.ContainsAny(s[strings.LastIndexByte(s, '/'):], ":@") {
 		s += ":latest"
 	}
-	return oci.ParseImage(s)
+	ref, err := oci.ParseImage(s)
+	if err != nil {
+		return oci.Reference{}, fmt.Errorf("%.255q is not an image; write it as quay.io/org/app:tag, or with its digest as quay.io/org/app@sha256:…", typed)
+	}
+	return ref, nil
 }
 
 // TagsFor is what holds for the tags of a repository: key by key, what its own entry says, else its
