@@ -32,6 +32,7 @@ func TestImportsPointDown(t *testing.T) {
 		"go.yaml.in/":                        "breakwater/pkg/config",
 		"github.com/dustin/go-humanize":      "breakwater/pkg/config",
 		"github.com/spf13/":                  "breakwater/cmd/breakwater",
+		"github.com/vbauerster/mpb/":         "breakwater/cmd/breakwater",
 		"github.com/distribution/reference/": "breakwater/pkg/oci",
 	}
 	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "breakwater/...").CombinedOutput()
