@@ -82,7 +82,7 @@ func (r *remote) ask(ctx context.Context, method, path string) (io.ReadCloser, e
 		defer resp.Body.Close()
 		said := proxy.ControlError{Error: "the mirror answered " + resp.Status}
 		_ = json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&said)
-		err = errors.New(said.Error)
+		err = errors.New(plain(said.Error))
 		if resp.StatusCode == http.StatusBadRequest {
 			err = usageError{err}
 		}

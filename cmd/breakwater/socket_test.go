@@ -109,6 +109,23 @@ func TestServesWithoutASocket(t *testing.T) {
 	}
 }
 
+// What a caller waits for long, such as a verification, does not hold up the stop.
+func TestStopEndsWhatTheSocketDoes(t *testing.T) {
+	server := newControlServer(newMirror(t, t.TempDir()), slog.New(slog.DiscardHandler))
+	ctx := server.BaseContext(nil)
+	if ctx.Err() != nil {
+		t.Fatal(ctx.Err())
+	}
+	if err := server.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(5 * time.Second):
+		t.Error("it goes on")
+	}
+}
+
 func TestH44ReportIsPlain(t *testing.T) {
 	var out bytes.Buffer
 	printReport(&out, storage.Report{Files: 2, Bytes: 3 << 20, Wrong: []storage.Wrong{{Digest: "sha256:ab", Images: []string{"a\x1b[2Jb"}, Reason: "is\r\x1b]0;x\a"}}}, time.Second)

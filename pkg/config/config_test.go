@@ -182,6 +182,9 @@ func TestControl(t *testing.T) {
 			t.Errorf("%q %v: %v %v, want %s", tt.text, tt.flags, c, err, tt.want)
 		}
 	}
+	if c, err := load("", nil, []string{"BREAKWATER_CONTROL=/run/bw/e.sock"}, nil); err != nil || c.Control != "/run/bw/e.sock" {
+		t.Errorf("by a variable: %v, %v", c, err)
+	}
 }
 
 func TestImagesAsPeopleTypeThem(t *testing.T) {
