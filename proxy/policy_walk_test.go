@@ -236,14 +236,14 @@ func (a answer) summary(r *rig) string {
 
 // The credential was revoked: the registry takes no token that its service gives out.
 func TestF13TokenRefused(t *testing.T) {
-	refusal(t, 401, registrytest.Match{Func: func(req *http.Request) bool { return req.URL.Path != "/token" }}, realm("http://quay.test/token"))
+	refusedBy(t, 401, registrytest.Match{Func: func(req *http.Request) bool { return req.URL.Path != "/token" }}, realm("http://quay.test/token"))
 }
 
-func TestF14Denied(t *testing.T) { refusal(t, 403, all, registrytest.Status(403)) }
+func TestF14Denied(t *testing.T) { refusedBy(t, 403, all, registrytest.Status(403)) }
 
-// refusal holds what an upstream's refusal is: no outage, a reason to ask the next one, and no word on
+// refusedBy holds what an upstream's refusal is: no outage, a reason to ask the next one, and no word on
 // what is stored by digest.
-func refusal(t *testing.T, status int, m registrytest.Match, fault registrytest.Fault) {
+func refusedBy(t *testing.T, status int, m registrytest.Match, fault registrytest.Fault) {
 	for onDenied, want := range map[string]int{"refuse": 403, "stale": 200} {
 		t.Run("on_denied "+onDenied, func(t *testing.T) {
 			several(t, 2, "on_denied: "+onDenied, func(r *rig, ups []*registrytest.Registry) {
