@@ -407,6 +407,8 @@ func (d *Disk) Remove(ref oci.Reference) (int64, error) {
 			return 0, d.removeTag(tagKey{ref.Repository, ref.Tag})
 		}
 		dgst = t.Current.Digest
+	} else if _, err := d.manifest(manifestKey{ref.Repository, dgst}); err != nil {
+		return 0, err // not what this repository calls so
 	}
 	v, ok := d.index.Take(dgst)
 	if !ok {
