@@ -135,6 +135,7 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			return body, err
 		})
 		if err != nil {
+			f.failUnasked(sources, err)
 			continue // each source knows why
 		}
 		if err = m.transfer(ctx, f, src, body); err == nil {
@@ -245,6 +246,18 @@ func (f *fill) fail(src *source, err error) bool {
 	defer f.mu.Unlock()
 	src.err = err
 	return f.ingest != nil
+}
+
+// failUnasked notes the error of a race for those who were never asked in it, since the mirror closes:
+// they would be left over for ever.
+func (f *fill) failUnasked(sources []*source, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, src := range sources {
+		if src.err == nil {
+			src.err = err
+		}
+	}
 }
 
 // publish lets readers in.
