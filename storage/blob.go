@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"breakwater/pkg/oci"
@@ -23,9 +24,12 @@ type Blob struct {
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
-// What does not have the size that it was stored with is quarantined, and absent.
+// What does not have the size that it was stored with, or cannot be read, is quarantined, and absent.
 func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 	b, err := d.openBlob(repo, dgst)
+	if err == nil {
+		err = d.probe(b, dgst)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", dgst, err)
 	}
@@ -33,6 +37,9 @@ func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 }
 
 func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
+	if _, lost := d.lost.Load(dgst); lost {
+		return nil, fmt.Errorf("%s cannot be read: %w", dgst, fs.ErrNotExist)
+	}
 	in := d.blobs[dgst.Algorithm()]
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
@@ -52,8 +59,41 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
-	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
+	in := d.blobs[dgst.Algorithm()]
+	_ = d.misread(d.quarantine(in, dgst.Encoded(), reason))
+	if _, err := in.Lstat(dgst.Encoded()); !errors.Is(err, fs.ErrNotExist) {
+		d.lost.Store(dgst, nil) // until it is stored anew
+	}
 	d.manifests.remove(dgst)
+}
+
+// probe reads a byte: a disk that has died is found out while the answer can still come from elsewhere.
+func (d *Disk) probe(b *Blob, dgst digest.Digest) error {
+	if b.size == 0 {
+		return nil
+	}
+	err := d.enter()
+	if err == nil {
+		if _, err = b.file.ReadAt(make([]byte, 1), 0); err != nil {
+			d.Quarantine(dgst, err)
+			err = fmt.Errorf("%w: %w", err, fs.ErrNotExist)
+		}
+		d.leave()
+	}
+	if err != nil {
+		_ = b.Close()
+	}
+	return err
+}
+
+// readFull fills raw, which is not large, from what has just been opened.
+func (d *Disk) readFull(r io.Reader, raw []byte) error {
+	if err := d.enter(); err != nil {
+		return err
+	}
+	defer d.leave()
+	_, err := io.ReadFull(r, raw)
+	return err
 }
 
 // Size is the length in bytes, or -1 while it is not known.

@@ -77,6 +77,10 @@ type Disk struct {
 	blobs   map[digest.Algorithm]folder
 	sync    func(*os.File) error // fsync of files and folders; a field so that tests can let it fail
 
+	health  health
+	reading chan struct{} // who waits for the disk to open or read something small
+	lost    sync.Map      // digests that could not be moved to quarantine, and are absent
+
 	manifests *manifestCache
 	tags      *tagCache
 	exporter  exporter
@@ -103,6 +107,7 @@ func Open(cfg Config) (*Disk, error) {
 		writers:  stripes{seed: maphash.MakeSeed()},
 		parked:   map[string]*parkedHash{},
 		allocate: allocate,
+		reading:  make(chan struct{}, maxReading),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)

@@ -43,6 +43,10 @@ var errForeign = errors.New("is not a regular file with one name")
 
 // openFile opens what must be a file of ours. Anything else is quarantined, and fs.ErrNotExist.
 func (d *Disk) openFile(in folder, name string) (*os.File, fs.FileInfo, error) {
+	if err := d.enter(); err != nil {
+		return nil, nil, err
+	}
+	defer d.leave()
 	file, err := in.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		if found, lerr := in.Lstat(name); lerr == nil && !found.Mode().IsRegular() {
@@ -101,7 +105,7 @@ func (d *Disk) create() (*os.File, string, error) {
 
 // put writes a file so that after a crash there is all of it or what was there before.
 func (d *Disk) put(name string, raw []byte) error {
-	return d.withRoom(func() error { return d.tryPut(name, raw) })
+	return d.wrote("record", int64(len(raw)), d.withRoom(func() error { return d.tryPut(name, raw) }))
 }
 
 func (d *Disk) tryPut(name string, raw []byte) error {

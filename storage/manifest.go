@@ -3,7 +3,6 @@ package storage
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"sync"
 	"sync/atomic"
@@ -55,11 +54,13 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return fmt.Errorf("%d bytes are %s: %w", len(m.Raw), got, ErrMismatch)
 	}
 	size := int64(len(m.Raw))
-	if info, err := d.blobs[m.Digest.Algorithm()].Lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
+	_, lost := d.lost.Load(m.Digest)
+	if info, err := d.blobs[m.Digest.Algorithm()].Lstat(m.Digest.Encoded()); lost || err != nil || !info.Mode().IsRegular() || info.Size() != size {
 		if err := d.put(d.blobName(m.Digest), m.Raw); err != nil {
 			_ = d.root.Remove(d.blobName(m.Digest)) // as in Ingest.store
 			return err
 		}
+		d.lost.Delete(m.Digest)
 	}
 	var err error
 	if c.public() {
@@ -104,8 +105,12 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 		return oci.Manifest{}, fmt.Errorf("%d bytes are no manifest: %w", b.size, fs.ErrNotExist)
 	}
 	raw := make([]byte, b.size)
-	if _, err := io.ReadFull(b, raw); err != nil {
-		return oci.Manifest{}, err
+	if err := d.readFull(b, raw); err != nil {
+		if errors.Is(err, ErrBusy) {
+			return oci.Manifest{}, err
+		}
+		d.Quarantine(key.dgst, err)
+		return oci.Manifest{}, fmt.Errorf("%w: %w", err, fs.ErrNotExist)
 	}
 	if got := key.dgst.Algorithm().FromBytes(raw); got != key.dgst {
 		d.Quarantine(key.dgst, fmt.Errorf("is %s", got))
@@ -123,7 +128,11 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 // up must not become folders.
 func (d *Disk) flushPulls() {
 	for key, at := range d.manifests.takePulls() {
-		if err := d.flushPull(key, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err := d.flushPull(key, at)
+		if err != nil && d.Trouble() != nil {
+			return // it says so itself; a pull more or less changes little
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			d.log.Warn("cannot note a pull", "repository", key.repo.String(), "digest", key.dgst, "err", err)
 		}
 	}
