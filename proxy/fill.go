@@ -141,6 +141,11 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 		if err = m.transfer(ctx, f, src, body); err == nil {
 			return
 		}
+		if errors.As(err, new(*storeError)) { // no other source would help
+			m.notStored(f, err)
+			f.end(err)
+			return
+		}
 		if f.fail(src, err) { // its readers have bytes that no other source can take back
 			return
 		}
@@ -260,6 +265,13 @@ func (f *fill) failUnasked(sources []*source, err error) {
 	}
 }
 
+// hasReaders reports whether readers have been let in.
+func (f *fill) hasReaders() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ingest != nil
+}
+
 // publish lets readers in.
 func (f *fill) publish(ingest *storage.Ingest) {
 	f.mu.Lock()
@@ -290,6 +302,9 @@ func (f *fill) endLocked(err error) {
 func (f *fill) outcome(repo oci.Repository) (*storage.Ingest, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if errors.As(f.err, new(*storeError)) {
+		return nil, f.err
+	}
 	if f.err != nil {
 		var own []error
 		for _, src := range f.sources {

@@ -62,7 +62,7 @@ func (d *Disk) Errors() map[string]int64 {
 
 // wrote notes how a write of size bytes has ended, and returns err.
 func (d *Disk) wrote(operation string, size int64, err error) error {
-	if errors.Is(err, ErrMismatch) || errors.Is(err, ErrTooLarge) {
+	if errors.Is(err, ErrTooLarge) {
 		return err // not the disk's
 	}
 	h := &d.health

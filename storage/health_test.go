@@ -88,6 +88,11 @@ func TestTrouble(t *testing.T) {
 		if _, err := d.Ingest(app, dgst, 1<<50); !errors.Is(err, ErrTooLarge) || d.Trouble() != nil {
 			t.Error(err, d.Trouble())
 		}
+		d.capacity = 9
+		if _, err := begin(t, d, dgst, -1).Write(small); !errors.Is(err, ErrTooLarge) || d.Trouble() != nil {
+			t.Error(err, d.Trouble())
+		}
+		d.capacity = 1 << 30
 		in := begin(t, d, dgst, 10)
 		write(t, in, small)
 		if err := commit(in, anonymous); !errors.Is(err, ErrMismatch) || d.Trouble() != nil {
