@@ -46,14 +46,14 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		var f *fill
 		blob, f, err = m.missBlob(r.Context(), patience, t.ref)
 		if errors.As(err, new(*storeError)) {
-			return m.pass(w, r, t, patience)
+			return m.pass(patience, w, r, t)
 		}
 		if err != nil {
 			return t.answerFor(r.Context(), err)
 		}
 		if far, ok := f.far(r, blob.Size()); ok {
 			defer blob.Close()
-			return m.sendFar(w, r, t, far, patience)
+			return m.sendFar(patience, w, r, t, far)
 		}
 	}
 	defer blob.Close()

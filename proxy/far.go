@@ -62,7 +62,7 @@ func singleRange(r *http.Request) (from, to int64, ok bool) {
 
 // sendFar passes a range on by an upstream request of its own: unverified, which the answer says, and
 // not stored (DESIGN 6). It returns an error only if it has written nothing.
-func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange, patience context.Context) error {
+func (m *Mirror) sendFar(patience context.Context, w *response, r *http.Request, t target, far farRange) error {
 	defer func() {
 		far.fill.mu.Lock()
 		far.fill.farNow--

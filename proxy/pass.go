@@ -192,7 +192,7 @@ type passed struct {
 // pass sends a blob that the store cannot take: from its sources, as a fill has them, and verified as a
 // fill is. Of a range nothing tells whether it is right, which the answer says. It returns an error only
 // if it has written nothing.
-func (m *Mirror) pass(w *response, r *http.Request, t target, patience context.Context) error {
+func (m *Mirror) pass(patience context.Context, w *response, r *http.Request, t target) error {
 	if err := m.passing.take(patience); err != nil {
 		return t.busy(err)
 	}
