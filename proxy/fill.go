@@ -217,11 +217,11 @@ func (s *source) open(ctx context.Context, offset int64) (*upstream.Body, error)
 	return body, nil
 }
 
-// logSource says why a source did not deliver: a warning if it is out, nothing much if it does not
-// have the blob, since the client is told.
+// logSource says why a source did not deliver: a warning if it has failed, nothing much if it does not
+// have the blob, since the client is told, or was not asked, since its breaker has said so.
 func (m *Mirror) logSource(ctx context.Context, src *source, err error) {
 	level := slog.LevelWarn
-	if up := new(upstream.Error); errors.As(err, &up) && !up.Outage() {
+	if up := new(upstream.Error); errors.As(err, &up) && (!up.Outage() || up.State == "open" || up.State == "held off") {
 		level = slog.LevelDebug
 	}
 	m.logger.Log(ctx, level, "blob not had", "repository", src.ref.Repository, "digest", src.ref.Digest, "upstream", src.client.Upstream(), "err", err)

@@ -27,12 +27,24 @@ type metrics struct {
 var (
 	upstreamRequests = prometheus.NewDesc("breakwater_upstream_requests_total",
 		"Requests to an upstream by class (token, manifest, blob) and what they say of it.", []string{"registry", "upstream", "class", "verdict"}, nil)
+	upstreamFirstByte = prometheus.NewDesc("breakwater_upstream_first_byte_seconds",
+		"Time until an answer of an upstream began, redirects included, by class. Requests without one are not in it.", []string{"registry", "upstream", "class"}, nil)
 	breakerState = prometheus.NewDesc("breakwater_breaker_state",
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
 	storeDegraded = prometheus.NewDesc("breakwater_store_degraded",
 		"1 while the store cannot write: what is stored is served, the rest is passed through.", nil, nil)
 	storeErrors = prometheus.NewDesc("breakwater_store_errors_total",
 		"Operations of the store that have failed.", []string{"operation"}, nil)
+)
+
+// What the store tells of itself. Complete over known is the promise: what would survive an outage.
+var (
+	images      = prometheus.NewDesc("breakwater_images", "Images in the store; an index with its platforms is one.", nil, nil)
+	complete    = prometheus.NewDesc("breakwater_images_complete", "Images of which all blobs are stored.", nil, nil)
+	storeBytes  = prometheus.NewDesc("breakwater_store_bytes", "Disk space of what is stored.", nil, nil)
+	storeOnWay  = prometheus.NewDesc("breakwater_store_reserved_bytes", "Disk space reserved for downloads that run or wait to be gone on with.", nil, nil)
+	storeFiles  = prometheus.NewDesc("breakwater_store_contents", "Blobs and manifests in the store.", nil, nil)
+	evictedDesc = prometheus.NewDesc("breakwater_evicted_images_total", "Images that had to go for want of space.", nil, nil)
 )
 
 func newMetrics(m *Mirror) *metrics {
@@ -85,9 +97,13 @@ func cacheLabel(status string) string {
 // Describe is for prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
+	ch <- upstreamFirstByte
 	ch <- breakerState
 	ch <- storeDegraded
 	ch <- storeErrors
+	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
+		ch <- desc
+	}
 }
 
 // Collect is for prometheus.Collector: what the upstreams and the store count by themselves.
@@ -100,12 +116,20 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 	for operation, n := range s.mirror.store.Errors() {
 		ch <- prometheus.MustNewConstMetric(storeErrors, prometheus.CounterValue, float64(n), operation)
 	}
+	u := s.mirror.store.Usage()
+	for desc, value := range map[*prometheus.Desc]int64{images: int64(u.Images), complete: int64(u.Complete),
+		storeBytes: u.Bytes, storeOnWay: u.Reserved, storeFiles: int64(u.Contents)} {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value))
+	}
+	ch <- prometheus.MustNewConstMetric(evictedDesc, prometheus.CounterValue, float64(u.Evicted))
 	for _, c := range s.mirror.pool.All() {
 		for _, h := range c.Health() {
 			labels := []string{c.Registry(), c.Upstream(), h.Class}
 			for verdict, n := range map[string]int64{"success": h.Succeeded, "failure": h.Failed, "excluded": h.Excluded} {
 				ch <- prometheus.MustNewConstMetric(upstreamRequests, prometheus.CounterValue, float64(n), append(labels, verdict)...)
 			}
+			f := h.FirstBytes
+			ch <- prometheus.MustNewConstHistogram(upstreamFirstByte, f.Count, f.Seconds, f.Within, labels...)
 			for _, state := range []string{"closed", "half-open", "open"} {
 				value := 0.0
 				if state == h.State {

@@ -71,6 +71,7 @@ func New(cfg Config) (*Mirror, error) {
 	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered, "stack", string(debug.Stack())) }
 	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
 	m.metrics = newMetrics(m)
+	m.store.Use(storage.Policy{Out: m.pool.Out})
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
 	}

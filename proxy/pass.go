@@ -84,10 +84,10 @@ func (m *Mirror) logNotStored(message string, err error, attrs ...any) {
 // untaken are the digests that the store has just failed to take, and why.
 type untaken struct {
 	mu    sync.Mutex // guards until
-	until map[digest.Digest]refusal
+	until map[digest.Digest]declined
 }
 
-type refusal struct {
+type declined struct {
 	err   error
 	until time.Time
 }
@@ -96,9 +96,9 @@ func (u *untaken) note(dgst digest.Digest, err error, duration time.Duration) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.until == nil || len(u.until) >= maxUntaken {
-		u.until = map[digest.Digest]refusal{}
+		u.until = map[digest.Digest]declined{}
 	}
-	u.until[dgst] = refusal{err, time.Now().Add(duration)}
+	u.until[dgst] = declined{err, time.Now().Add(duration)}
 }
 
 // reason is why the store is not tried, nil if it is.

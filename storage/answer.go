@@ -86,7 +86,7 @@ func (d *Disk) putAnswer(repo oci.Repository, key string, a Answer) error {
 	for {
 		oldest, count := "", 0
 		var at time.Time
-		err := eachEntry(d.records.Root, folder, func(e fs.DirEntry) error {
+		err := d.records.each(folder, func(e fs.DirEntry) error {
 			info, err := e.Info()
 			if err != nil {
 				return err
@@ -99,7 +99,7 @@ func (d *Disk) putAnswer(repo oci.Repository, key string, a Answer) error {
 		if err != nil || count <= most {
 			return err
 		}
-		if err := d.records.Remove(path.Join(folder, oldest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := d.records.remove(path.Join(folder, oldest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

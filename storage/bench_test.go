@@ -3,7 +3,6 @@ package storage
 import (
 	"errors"
 	"fmt"
-	"os"
 	"testing"
 )
 
@@ -92,7 +91,6 @@ func BenchmarkManifest(b *testing.B) {
 
 func BenchmarkExport(b *testing.B) {
 	d := open(b, b.TempDir())
-	d.sync = func(*os.File) error { return nil }
 	m, _ := image(b)
 	if err := d.PutManifest(app, m, anonymous); err != nil {
 		b.Fatal(err)

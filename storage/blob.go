@@ -17,10 +17,12 @@ import (
 // goroutine, and does not show its file's SyscallConn: the kernel would read what an ingest has not
 // released.
 type Blob struct {
+	*volume
 	file   *os.File        // its offset is the Blob's
 	size   int64           // of stored content
 	ingest *Ingest         // nil once stored
 	ctx    context.Context // ends the waiting for an ingest; Read has no parameter for it
+	close  func()          // nil if nothing is to be done
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
@@ -43,6 +45,9 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	in := d.blobs[dgst.Algorithm()]
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			d.noteGone(dgst)
+		}
 		return nil, err
 	}
 	r, err := d.reach(repo, dgst)
@@ -53,7 +58,23 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 		_ = file.Close()
 		return nil, err
 	}
-	return &Blob{file: file, size: info.Size()}, nil
+	readers := d.index.Open(dgst)
+	return &Blob{volume: d.volume, file: file, size: info.Size(), close: func() { d.index.Close(dgst, readers) }}, nil
+}
+
+// noteGone tells the index that somebody has removed a file behind our back, if it was not stored again
+// since.
+func (d *Disk) noteGone(dgst digest.Digest) {
+	if !d.index.Is(dgst) {
+		return
+	}
+	name := d.blobName(dgst)
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	if _, err := d.root.lstat(name); errors.Is(err, fs.ErrNotExist) {
+		d.index.Gone(dgst)
+	}
 }
 
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
@@ -61,9 +82,10 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
 	in := d.blobs[dgst.Algorithm()]
 	_ = d.misread(d.quarantine(in, dgst.Encoded(), reason))
-	if _, err := in.Lstat(dgst.Encoded()); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := in.lstat(dgst.Encoded()); !errors.Is(err, fs.ErrNotExist) {
 		d.lost.Store(dgst, nil) // until it is stored anew
 	}
+	d.noteGone(dgst)
 	d.manifests.remove(dgst)
 }
 
@@ -72,28 +94,22 @@ func (d *Disk) probe(b *Blob, dgst digest.Digest) error {
 	if b.size == 0 {
 		return nil
 	}
-	err := d.enter()
-	if err == nil {
-		if _, err = b.file.ReadAt(make([]byte, 1), 0); err != nil {
-			d.Quarantine(dgst, err)
-			err = fmt.Errorf("%w: %w", err, fs.ErrNotExist)
+	err := d.inTurn(func() error {
+		if err := d.may(callRead, b.file.Name()); err != nil {
+			return err
 		}
-		d.leave()
+		_, err := b.file.ReadAt(make([]byte, 1), 0)
+		return err
+	})
+	if err == nil {
+		return nil
 	}
-	if err != nil {
-		_ = b.Close()
-	}
-	return err
-}
-
-// readFull fills raw, which is not large, from what has just been opened.
-func (d *Disk) readFull(r io.Reader, raw []byte) error {
-	if err := d.enter(); err != nil {
+	_ = b.Close()
+	if errors.Is(err, ErrBusy) {
 		return err
 	}
-	defer d.leave()
-	_, err := io.ReadFull(r, raw)
-	return err
+	d.Quarantine(dgst, err)
+	return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
 }
 
 // Size is the length in bytes, or -1 while it is not known.
@@ -134,7 +150,7 @@ func (b *Blob) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	read, err := file.Read(p[:n])
+	read, err := b.read(file, p[:n])
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF // somebody has cut the file
 	}
@@ -154,4 +170,11 @@ func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 }
 
 // Close closes the Blob. An ingest goes on.
-func (b *Blob) Close() error { return b.file.Close() }
+func (b *Blob) Close() error {
+	err := b.file.Close()
+	if b.close != nil {
+		b.close()
+		b.close = nil
+	}
+	return err
+}

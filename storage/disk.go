@@ -58,24 +58,34 @@ const flushEvery = 5 * time.Second
 // Config says where the store is. Only Dir must be set.
 type Config struct {
 	Dir      string       // the data folder; created if missing
-	Capacity int64        // bytes; nothing larger is taken in. 0 means no bound
+	Capacity int64        // bytes of the disk that it may take, and a twentieth more for a while; 0 means no bound
+	MinFree  int64        // bytes of the disk that it leaves free
 	Logger   *slog.Logger // nil discards
+
+	before func(c call, name string) error // of the volume
 }
 
 // Disk is the store in one data folder. All of its methods may be called at the same time.
 type Disk struct {
 	log      *slog.Logger
 	capacity int64
+	minFree  int64
 	lockFile *os.File
 	session  string        // begins the names of this process's temporary files
 	sequence atomic.Uint64 // ends them
 
-	root    *os.Root
+	*volume
 	opened  []io.Closer // root and all below it that is open
+	root    folder
 	tmp     folder
 	records folder
 	blobs   map[digest.Algorithm]folder
-	sync    func(*os.File) error // fsync of files and folders; a field so that tests can let it fail
+
+	index    *index
+	policy   atomic.Pointer[Policy]
+	evicting sync.Mutex    // one at a time; taken before all others
+	evicted  atomic.Int64  // images
+	pressed  chan struct{} // wakes the eviction
 
 	health  health
 	reading chan struct{} // who waits for the disk to open or read something small
@@ -87,9 +97,9 @@ type Disk struct {
 	writers   stripes
 	folders   sync.Mutex // held while folders are made, until they are durable
 
-	parking  sync.Mutex                         // held while parked files get or lose their names; guards parked
-	parked   map[string]*parkedHash             // by name in tmp/; those not hashed yet are missing
-	allocate func(f *os.File, size int64) error // reserves space; a field so that tests can let it fail
+	parking sync.Mutex             // held while parked files get or lose their names; guards parked and space
+	parked  map[string]*parkedHash // by name in tmp/; those not hashed yet are missing
+	space   map[string]int64       // reserved for a parked file, by its name
 
 	stop context.CancelFunc
 	work sync.WaitGroup // all that Open has started
@@ -102,12 +112,18 @@ func Open(cfg Config) (*Disk, error) {
 	d := &Disk{
 		log:      cfg.Logger,
 		capacity: cfg.Capacity,
+		minFree:  cfg.MinFree,
+		index:    newIndex(),
+		pressed:  make(chan struct{}, 1),
 		session:  rand.Text()[:8],
-		sync:     (*os.File).Sync,
+		volume:   new(volume),
 		writers:  stripes{seed: maphash.MakeSeed()},
 		parked:   map[string]*parkedHash{},
-		allocate: allocate,
 		reading:  make(chan struct{}, maxReading),
+		space:    map[string]int64{},
+	}
+	if cfg.before != nil {
+		d.before.Store(&cfg.before)
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -124,19 +140,20 @@ func Open(cfg Config) (*Disk, error) {
 		d.sweep(ctx)
 		d.rehash(ctx)
 	})
+	d.work.Go(func() {
+		d.build(ctx)
+		d.evictLoop(ctx)
+	})
 	d.work.Go(func() { d.flushLoop(ctx) })
 	return d, nil
 }
 
 // open does all of Open that can fail.
 func (d *Disk) open(dir string) (err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if d.root, err = d.openRoot(dir); err != nil {
 		return err
 	}
-	if d.root, err = os.OpenRoot(dir); err != nil {
-		return err
-	}
-	d.opened = append(d.opened, d.root)
+	d.opened = append(d.opened, d.root.root)
 	if err := checkFolder(d.root, "."); err != nil {
 		return err
 	}
@@ -164,17 +181,17 @@ func (d *Disk) open(dir string) (err error) {
 }
 
 func (d *Disk) openFolder(name string) (folder, error) {
-	if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := d.root.mkdir(name); err != nil && !errors.Is(err, fs.ErrExist) {
 		return folder{}, err
 	}
 	if err := checkFolder(d.root, name); err != nil {
 		return folder{}, err
 	}
-	root, err := d.root.OpenRoot(name)
+	f, err := d.root.sub(name)
 	if err == nil {
-		d.opened = append(d.opened, root)
+		d.opened = append(d.opened, f.root)
 	}
-	return folder{root, name}, err
+	return f, err
 }
 
 // createFiles writes the files that make the folder an OCI layout of this version, where missing.
@@ -184,7 +201,7 @@ func (d *Disk) createFiles() error {
 		ispec.ImageLayoutFile: `{"imageLayoutVersion":"` + ispec.ImageLayoutVersion + `"}`,
 		ispec.ImageIndexFile:  `{"schemaVersion":2,"manifests":[]}`,
 	} {
-		_, err := d.root.Lstat(name)
+		_, err := d.root.lstat(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = d.put(name, []byte(text))
 		}
@@ -199,7 +216,7 @@ func (d *Disk) createFiles() error {
 // lock takes LOCK for as long as the process lives, or says who has it. The holder's id in the file
 // goes when it stops cleanly; found here, it tells that the last one did not.
 func (d *Disk) lock() error {
-	file, err := d.root.OpenFile("LOCK", os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o600)
+	file, err := d.root.openFile(callCreate, "LOCK", os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return err
 	}
@@ -220,9 +237,9 @@ func (d *Disk) lock() error {
 		return os.NewSyscallError("flock", err)
 	}
 	d.exporter.changed.Store(holder != "")
-	err = file.Truncate(0)
+	err = d.truncate(file, 0)
 	if err == nil {
-		_, err = file.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+		_, err = d.write(file, []byte(strconv.Itoa(os.Getpid())+"\n"))
 	}
 	if err != nil { // a full disk is no reason not to serve what is on it
 		d.log.Warn("cannot note this process in LOCK", "err", err)
@@ -231,7 +248,7 @@ func (d *Disk) lock() error {
 }
 
 func (d *Disk) checkVersion() error {
-	file, err := d.root.OpenFile("VERSION", os.O_RDONLY|unix.O_NONBLOCK, 0)
+	file, err := d.root.open("VERSION")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // a new folder, or somebody's OCI layout
 	}
@@ -242,10 +259,12 @@ func (d *Disk) checkVersion() error {
 	if _, err := checkFile(d.root, "VERSION", file); err != nil {
 		return err
 	}
-	raw, err := io.ReadAll(io.LimitReader(file, 40))
-	if err != nil {
+	raw := make([]byte, 40)
+	n, err := d.read(file, raw)
+	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
+	raw = raw[:n]
 	version, err := strconv.Atoi(strings.TrimSpace(string(raw)))
 	if err != nil || version < 1 {
 		return fmt.Errorf("VERSION holds %q, which no Breakwater has written", raw)
@@ -258,11 +277,11 @@ func (d *Disk) checkVersion() error {
 
 // sweep removes what an earlier process left half-written, except what it has parked.
 func (d *Disk) sweep(ctx context.Context) {
-	err := eachEntry(d.tmp.Root, ".", func(e fs.DirEntry) error {
+	err := d.tmp.each(".", func(e fs.DirEntry) error {
 		if strings.HasPrefix(e.Name(), d.session) || strings.HasPrefix(e.Name(), parkedPrefix) {
 			return ctx.Err()
 		}
-		if err := d.tmp.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := d.tmp.remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			d.log.Warn("cannot remove a temporary file", "file", e.Name(), "err", err)
 		}
 		return ctx.Err()
@@ -308,7 +327,7 @@ func (d *Disk) Close() error {
 	if d.exporter.changed.Load() {
 		err = d.export()
 	}
-	return errors.Join(err, d.lockFile.Truncate(0), d.release())
+	return errors.Join(err, d.truncate(d.lockFile, 0), d.release())
 }
 
 // release closes whatever open has opened, LOCK last: the kernel frees the lock with its file.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"testing"
 )
@@ -17,13 +16,13 @@ func TestF48FailedSyncIsNotRepeated(t *testing.T) {
 		d := open(t, t.TempDir())
 		calls := map[string]int{}
 		n := 0
-		d.sync = func(f *os.File) error {
-			calls[f.Name()]++
+		d.on(callSync, func(name string) error {
+			calls[name]++
 			if n++; n == fails {
 				return broken
 			}
-			return f.Sync()
-		}
+			return nil
+		})
 		raw, dgst := content(3 * Withheld)
 		in := begin(t, d, dgst, int64(len(raw)))
 		b := reader(t, in)
@@ -63,12 +62,12 @@ func TestF46OrderOfSyncs(t *testing.T) {
 	in := begin(t, d, dgst, 100)
 	write(t, in, raw)
 	var steps []string
-	d.sync = func(f *os.File) error {
-		public, _ := fs.Glob(d.root.FS(), "records/_public/*")
-		name, err := filepath.Rel(dir, f.Name())
+	d.on(callSync, func(name string) error {
+		public, _ := fs.Glob(d.root.root.FS(), "records/_public/*")
+		name, err := filepath.Rel(dir, name)
 		steps = append(steps, fmt.Sprint(filepath.Dir(name), " ", filepath.Base(name) == in.name, d.holds(dgst), len(public)))
-		return errors.Join(err, f.Sync())
-	}
+		return err
+	})
 	if err := commit(in, anonymous); err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +95,7 @@ func TestF60ReaderOutlivesItsFile(t *testing.T) {
 	if _, err := io.ReadFull(b, head); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.root.Remove(d.blobName(dgst)); err != nil {
+	if err := d.root.remove(d.blobName(dgst)); err != nil {
 		t.Fatal(err)
 	}
 	wantAbsent(t, d, app, dgst)

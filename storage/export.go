@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"path"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -43,7 +42,7 @@ func (d *Disk) export() error {
 	if err != nil {
 		return err
 	}
-	w := bufio.NewWriter(file)
+	w := bufio.NewWriter(writer{d.volume, file})
 	err = d.writeIndex(w)
 	if err == nil {
 		err = errors.Join(w.Flush(), d.sync(file))
@@ -106,30 +105,16 @@ func (d *Disk) describe(key tagKey) (ispec.Descriptor, error) {
 }
 
 // eachTag walks all tag records.
-func (d *Disk) eachTag(f func(tagKey) error) error {
-	return eachEntry(d.records.Root, ".", func(registry fs.DirEntry) error {
-		if !registry.IsDir() || strings.HasPrefix(registry.Name(), "_") {
+func (d *Disk) eachTag(do func(tagKey) error) error {
+	return d.eachRepository(func(repo oci.Repository, kind string) error {
+		if kind != "_tags" {
 			return nil
 		}
-		return d.eachTagOf(oci.Repository{Registry: registry.Name()}, f)
-	})
-}
-
-func (d *Disk) eachTagOf(repo oci.Repository, f func(tagKey) error) error {
-	return eachEntry(d.records.Root, path.Join(repo.Registry, repo.Name), func(e fs.DirEntry) error {
-		switch {
-		case !e.IsDir():
-			return nil
-		case e.Name() == "_tags":
-			return eachEntry(d.records.Root, path.Join(repo.Registry, repo.Name, "_tags"), func(e fs.DirEntry) error {
-				if !oci.ValidTag(e.Name()) {
-					return nil
-				}
-				return f(tagKey{repo, e.Name()})
-			})
-		case strings.HasPrefix(e.Name(), "_"):
-			return nil
-		}
-		return d.eachTagOf(oci.Repository{Registry: repo.Registry, Name: path.Join(repo.Name, e.Name())}, f)
+		return d.records.each(path.Join(repo.Registry, repo.Name, kind), func(e fs.DirEntry) error {
+			if !oci.ValidTag(e.Name()) {
+				return nil
+			}
+			return do(tagKey{repo, e.Name()})
+		})
 	})
 }

@@ -19,7 +19,7 @@ import (
 
 func exported(t *testing.T, d *Disk) map[string]ispec.Descriptor {
 	t.Helper()
-	raw, err := d.root.ReadFile("index.json")
+	raw, err := d.root.root.ReadFile("index.json")
 	var index ispec.Index
 	if err == nil {
 		err = json.Unmarshal(raw, &index)
@@ -105,14 +105,14 @@ func TestIndexIsNotWrittenTooOften(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t, t.TempDir())
 		var writes atomic.Int64
-		d.sync = func(f *os.File) error {
-			info, err := f.Stat()
+		d.on(callSync, func(name string) error {
+			info, err := os.Stat(name)
 			if err == nil && !info.IsDir() {
 				time.Sleep(50 * time.Millisecond) // what an export takes
 				writes.Add(1)
 			}
 			return err
-		}
+		})
 		begun := time.Now()
 		for range 300 {
 			d.exporter.changed.Store(true)

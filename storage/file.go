@@ -4,27 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"io"
 	"io/fs"
 	"os"
 	"path"
 	"strconv"
 	"sync"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
-
-// folder is a folder of the store, with its path below the data folder.
-type folder struct {
-	*os.Root
-	path string
-}
 
 // checkFolder refuses a folder that is not one of ours alone: what anybody may write to, or have
 // pointed elsewhere, cannot be trusted to hold what was put there.
-func checkFolder(root *os.Root, name string) error {
-	info, err := root.Lstat(name)
+func checkFolder(in folder, name string) error {
+	info, err := in.lstat(name)
 	if err != nil {
 		return err
 	}
@@ -47,14 +38,14 @@ func (d *Disk) openFile(in folder, name string) (*os.File, fs.FileInfo, error) {
 		return nil, nil, err
 	}
 	defer d.leave()
-	file, err := in.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	file, err := in.open(name)
 	if err != nil {
-		if found, lerr := in.Lstat(name); lerr == nil && !found.Mode().IsRegular() {
+		if found, lerr := in.lstat(name); lerr == nil && !found.Mode().IsRegular() {
 			err = d.quarantine(in, name, errForeign)
 		}
 		return nil, nil, err
 	}
-	info, err := checkFile(in.Root, name, file)
+	info, err := checkFile(in, name, file)
 	if errors.Is(err, errForeign) {
 		err = d.quarantine(in, name, err)
 	}
@@ -66,12 +57,12 @@ func (d *Disk) openFile(in folder, name string) (*os.File, fs.FileInfo, error) {
 }
 
 // checkFile returns errForeign if the open file, or what it was opened by, is not one of ours.
-func checkFile(root *os.Root, name string, file *os.File) (fs.FileInfo, error) {
+func checkFile(in folder, name string, file *os.File) (fs.FileInfo, error) {
 	info, err := file.Stat()
 	if err != nil {
 		return nil, err
 	}
-	entry, err := root.Lstat(name) // os.Root follows links that stay inside
+	entry, err := in.lstat(name) // os.Root follows links that stay inside
 	if err != nil {
 		return nil, err
 	}
@@ -82,10 +73,18 @@ func checkFile(root *os.Root, name string, file *os.File) (fs.FileInfo, error) {
 	return info, nil
 }
 
+// allocated is how many bytes of the disk a file takes.
+func allocated(info fs.FileInfo) int64 {
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		return stat.Blocks * 512 // whatever the disk's own block is
+	}
+	return info.Size()
+}
+
 // quarantine takes a file out of service, and returns an error that says so and is fs.ErrNotExist.
 func (d *Disk) quarantine(in folder, name string, reason error) error {
 	from := path.Join(in.path, name)
-	err := d.root.Rename(from, path.Join("quarantine", path.Base(name)+"."+d.temporaryName()))
+	err := d.root.rename(from, path.Join("quarantine", path.Base(name)+"."+d.temporaryName()))
 	if !errors.Is(err, fs.ErrNotExist) { // somebody else was faster
 		d.log.Error("quarantined a file that must not be served", "file", from, "reason", reason, "err", err)
 	}
@@ -99,7 +98,7 @@ func (d *Disk) temporaryName() string {
 // create makes a temporary file, and returns its name in tmp/.
 func (d *Disk) create() (*os.File, string, error) {
 	name := d.temporaryName()
-	file, err := d.tmp.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	file, err := d.tmp.create(name)
 	return file, name, err
 }
 
@@ -113,7 +112,7 @@ func (d *Disk) tryPut(name string, raw []byte) error {
 	if err != nil {
 		return err
 	}
-	_, err = file.Write(raw)
+	_, err = d.write(file, raw)
 	if err == nil {
 		err = d.sync(file)
 	}
@@ -126,10 +125,10 @@ func (d *Disk) tryPut(name string, raw []byte) error {
 func (d *Disk) publish(file *os.File, temporary, name string, written error) error {
 	err := errors.Join(written, file.Close())
 	if err == nil {
-		err = d.root.Rename(path.Join(d.tmp.path, temporary), name)
+		err = d.root.rename(path.Join(d.tmp.path, temporary), name)
 	}
 	if err != nil {
-		_ = d.tmp.Remove(temporary)
+		_ = d.tmp.remove(temporary)
 		return err
 	}
 	return d.syncFolder(path.Dir(name))
@@ -143,18 +142,18 @@ func (d *Disk) makeFolder(name string) error {
 }
 
 func (d *Disk) makeFolderLocked(name string) error {
-	if _, err := d.root.Lstat(name); err == nil || !errors.Is(err, fs.ErrNotExist) {
+	if _, err := d.root.lstat(name); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	parent := path.Dir(name)
 	if err := d.makeFolderLocked(parent); err != nil {
 		return err
 	}
-	if err := d.root.Mkdir(name, 0o700); err != nil {
+	if err := d.root.mkdir(name); err != nil {
 		return err
 	}
 	if err := d.syncFolder(parent); err != nil {
-		_ = d.root.Remove(name)
+		_ = d.root.remove(name)
 		return err
 	}
 	return nil
@@ -162,73 +161,11 @@ func (d *Disk) makeFolderLocked(name string) error {
 
 // syncFolder makes the names in a folder durable.
 func (d *Disk) syncFolder(name string) error {
-	file, err := d.root.Open(name)
+	file, err := d.root.open(name)
 	if err != nil {
 		return err
 	}
 	return errors.Join(d.sync(file), file.Close())
-}
-
-// allocate reserves the file's first size bytes on the disk without making it longer. A file
-// system that cannot is not asked to.
-func allocate(file *os.File, size int64) error {
-	if size == 0 {
-		return nil
-	}
-	conn, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var serr error
-	err = conn.Control(func(fd uintptr) {
-		// fallocate would take all that there is before it says that it is not enough.
-		var disk unix.Statfs_t
-		var own unix.Stat_t
-		if unix.Fstatfs(int(fd), &disk) == nil && unix.Fstat(int(fd), &own) == nil &&
-			size-own.Blocks*512 > int64(disk.Bavail)*disk.Bsize {
-			serr = unix.ENOSPC
-			return
-		}
-		serr = ignoreEINTR(func() error { return unix.Fallocate(int(fd), unix.FALLOC_FL_KEEP_SIZE, 0, size) })
-	})
-	if err != nil {
-		return err
-	}
-	if errors.Is(serr, unix.EOPNOTSUPP) || errors.Is(serr, unix.ENOSYS) {
-		return nil
-	}
-	return os.NewSyscallError("fallocate", serr)
-}
-
-func ignoreEINTR(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// eachEntry calls f for all that is in a folder, in no order, without holding all of it.
-func eachEntry(root *os.Root, name string, f func(fs.DirEntry) error) error {
-	dir, err := root.Open(name)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	for {
-		entries, err := dir.ReadDir(256)
-		for _, e := range entries {
-			if err := f(e); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // stripes orders the writers of one record: a writer holds its stripe while it reads and writes the

@@ -123,3 +123,12 @@ func (d *Disk) enter() error {
 }
 
 func (d *Disk) leave() { <-d.reading }
+
+// inTurn calls f, which reads something small, or returns ErrBusy.
+func (d *Disk) inTurn(f func() error) error {
+	if err := d.enter(); err != nil {
+		return err
+	}
+	defer d.leave()
+	return f()
+}

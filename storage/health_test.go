@@ -23,21 +23,14 @@ func TestTrouble(t *testing.T) {
 		d.log = slog.New(slog.NewTextHandler(&lines, nil))
 		raw, dgst := content(1000)
 		small, _ := content(10)
-		full := func(above int64) {
-			d.allocate = func(_ *os.File, size int64) error {
-				if size > above {
-					return os.NewSyscallError("fallocate", syscall.ENOSPC)
-				}
-				return nil
-			}
-		}
 		fail := func() {
 			t.Helper()
+			d.on(callAllocate, func(string) error { return os.NewSyscallError("fallocate", syscall.ENOSPC) })
+			defer d.on(callAllocate, func(string) error { return nil })
 			if _, err := d.Ingest(app, dgst, 1000); !errors.Is(err, syscall.ENOSPC) {
 				t.Fatal(err)
 			}
 		}
-		full(999)
 		fail()
 		since := time.Now()
 		for range 100 {
@@ -54,7 +47,6 @@ func TestTrouble(t *testing.T) {
 		if n := strings.Count(lines.String(), "store cannot write"); n != 1 || strings.Contains(lines.String(), "can write again") {
 			t.Errorf("log:\n%s", &lines)
 		}
-		full(1 << 30)
 		store(t, d, app, raw, anonymous)
 		if got := d.Trouble(); got != nil {
 			t.Errorf("after what had failed could be stored: %+v", got)
@@ -62,25 +54,23 @@ func TestTrouble(t *testing.T) {
 		if n := strings.Count(lines.String(), "store can write again"); n != 1 {
 			t.Errorf("log:\n%s", &lines)
 		}
-		full(999)
 		fail()
 		time.Sleep(troubleFor)
 		store(t, d, app, small, secret)
 		if got := d.Trouble(); got != nil {
 			t.Errorf("nothing has failed for a while: %+v", got)
 		}
-		full(1 << 30)
-		d.sync = func(f *os.File) error { return &fs.PathError{Op: "fsync", Path: f.Name(), Err: syscall.EIO} }
+		d.on(callSync, func(string) error { return &fs.PathError{Op: "fsync", Err: syscall.EIO} })
 		for range 100 {
 			if err := d.PutAnswer(app, "/tags/list", Answer{Body: small}); !errors.Is(err, syscall.EIO) {
 				t.Fatal(err)
 			}
 		}
-		if got := d.Trouble(); got == nil || got.Reason() != "input/output error" || strings.Count(lines.String(), "\n") != 5 {
+		if got := d.Trouble(); got == nil || got.Reason() != "input/output error" || strings.Count(lines.String(), "msg=\"store can") != 5 {
 			t.Errorf("%+v, log:\n%s", got, &lines)
 		}
 		// What is wrong with the content is no trouble of the disk.
-		d.sync = (*os.File).Sync
+		d.on(callSync, func(string) error { return nil })
 		time.Sleep(troubleFor)
 		if err := d.PutAnswer(app, "/tags/list", Answer{Body: small}); err != nil || d.Trouble() != nil {
 			t.Fatal(err, d.Trouble())
@@ -124,7 +114,7 @@ func TestTagsStayBehindInTrouble(t *testing.T) {
 		confirm(time.Now())
 		var lines bytes.Buffer
 		d.log = slog.New(slog.NewTextHandler(&lines, nil))
-		d.sync = func(*os.File) error { return syscall.EIO }
+		d.on(callSync, func(string) error { return syscall.EIO })
 		later := time.Now().Add(time.Hour)
 		confirm(later)
 		d.flushTags()
@@ -132,7 +122,7 @@ func TestTagsStayBehindInTrouble(t *testing.T) {
 		if n := strings.Count(lines.String(), "\n"); n != 1 {
 			t.Errorf("log:\n%s", &lines)
 		}
-		d.sync = (*os.File).Sync
+		d.on(callSync, func(string) error { return nil })
 		d.flushTags()
 		d.tags.entries.Purge()
 		for _, tag := range tags {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"sync"
+	"syscall"
 
 	"breakwater/pkg/oci"
 
@@ -52,6 +53,7 @@ type Ingest struct {
 	hashed   int64     // bytes; this and the next four only for the writer
 	written  int64     // as many as hashed, unless it was parked
 	reserved int64     // bytes of disk space
+	counted  int64     // bytes of it that the index counts
 	broken   bool      // the disk has failed
 	ended    bool
 
@@ -101,11 +103,28 @@ func (i *Ingest) reserve(n int64) error {
 		}
 		n = min(max(n, i.reserved+reserveStep), limit)
 	}
-	if err := i.disk.withRoom(func() error { return i.disk.allocate(i.file, n) }); err != nil {
-		return err
+	d := i.disk
+	if n > i.counted {
+		if err := d.makeRoom(n - i.counted); err != nil {
+			return err
+		}
+		i.counted = n
 	}
-	i.reserved = n
-	return nil
+	allocate := func() error { return d.withRoom(func() error { return d.allocate(i.file, n) }) }
+	err := allocate()
+	if errors.Is(err, syscall.ENOSPC) && d.evict(n-i.reserved, "disk is full") > 0 {
+		err = allocate()
+	}
+	if err == nil {
+		i.reserved = n
+	}
+	return err
+}
+
+// release counts the ingest's space as nobody's.
+func (i *Ingest) release() {
+	i.disk.index.Reserve(-i.counted, 0)
+	i.counted = 0
 }
 
 // Write adds to the end. It returns ErrMismatch for more than was announced, and ErrTooLarge.
@@ -118,7 +137,7 @@ func (i *Ingest) Write(p []byte) (int, error) {
 		_ = i.disk.wrote("reserve", end, err)
 		return 0, fmt.Errorf("ingest %s: %w", i.dgst, err)
 	}
-	n, err := i.file.Write(p)
+	n, err := i.disk.write(i.file, p)
 	if i.hashed == i.written {
 		i.hash.Write(p[:n])
 		i.hashed += int64(n)
@@ -204,6 +223,7 @@ func (i *Ingest) Commit(c Confirmation) error {
 		return err
 	}
 	i.ended = true
+	defer i.release()
 	err := i.disk.wrote("commit", i.written, i.store(c))
 	if err == nil {
 		i.disk.lost.Delete(i.dgst)
@@ -220,15 +240,35 @@ func (i *Ingest) Commit(c Confirmation) error {
 // never points at what is not stored.
 func (i *Ingest) store(c Confirmation) error {
 	d := i.disk
-	err := i.file.Truncate(i.written) // gives back what was reserved and not needed
+	err := d.truncate(i.file, i.written) // gives back what was reserved and not needed
 	if err == nil {
 		err = d.sync(i.file)
 	}
-	if err := d.publish(i.file, i.name, d.blobName(i.dgst), err); err != nil {
-		_ = d.root.Remove(d.blobName(i.dgst)) // its name may be lost; what is not certain is not stored
+	if err := d.publishBlob(i.dgst, func() error { return d.publish(i.file, i.name, d.blobName(i.dgst), err) }); err != nil {
 		return err
 	}
 	return d.confirm(i.repo, i.dgst, i.written, c)
+}
+
+// publishBlob has content given its name by publish, and notes that it is stored. What was evicted under
+// the same name is not removed in between.
+func (d *Disk) publishBlob(dgst digest.Digest, publish func() error) error {
+	name := d.blobName(dgst)
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	err := publish()
+	var info fs.FileInfo
+	if err == nil {
+		info, err = d.root.lstat(name)
+	}
+	if err != nil {
+		_ = d.root.remove(name) // its name may be lost; what is not certain is not stored
+		d.index.Gone(dgst)
+		return err
+	}
+	d.index.Stored(dgst, allocated(info))
+	return nil
 }
 
 // Abort ends an ingest without storing it. Readers get err once they have read what was released.
@@ -251,8 +291,9 @@ func (i *Ingest) fail(err error) {
 }
 
 func (i *Ingest) discard() {
+	i.release()
 	_ = i.file.Close()
-	_ = i.disk.tmp.Remove(i.name)
+	_ = i.disk.tmp.remove(i.name)
 }
 
 func (i *Ingest) wakeLocked() {
@@ -273,12 +314,12 @@ func (i *Ingest) Size() int64 {
 // offset of its own, and stays readable after Commit. Its waiting ends with ctx, which concerns
 // nobody else.
 func (i *Ingest) Open(ctx context.Context) (*Blob, error) {
-	file, err := i.disk.tmp.Open(i.name)
+	file, err := i.disk.tmp.open(i.name)
 	if errors.Is(err, fs.ErrNotExist) { // committed since
 		file, _, err = i.disk.openFile(i.disk.blobs[i.dgst.Algorithm()], i.dgst.Encoded())
 	}
 	if err == nil {
-		return &Blob{file: file, ingest: i, ctx: ctx}, nil
+		return &Blob{volume: i.disk.volume, file: file, ingest: i, ctx: ctx}, nil
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()

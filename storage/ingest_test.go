@@ -55,7 +55,7 @@ func commit(in *Ingest, c Confirmation) error {
 
 func wantEmpty(t *testing.T, d *Disk, folder string) {
 	t.Helper()
-	names, err := fs.Glob(d.root.FS(), folder+"/*")
+	names, err := fs.Glob(d.root.root.FS(), folder+"/*")
 	if err != nil || len(names) > 0 {
 		t.Errorf("%s holds %v, %v", folder, names, err)
 	}

@@ -3,6 +3,7 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"sync"
 	"sync/atomic"
@@ -36,8 +37,14 @@ type manifestCache struct {
 	entries *lru.Cache[manifestKey, oci.Manifest]
 	bytes   atomic.Int64
 
-	mu    sync.Mutex                // guards pulls
-	pulls map[manifestKey]time.Time // last pulls that are not on the disk yet
+	mu    sync.Mutex           // guards pulls
+	pulls map[manifestKey]pull // last ones that are not on the disk yet
+}
+
+// pull is when a manifest was asked for.
+type pull struct {
+	at   time.Time
+	told bool // the index knows
 }
 
 // PutManifest stores a manifest, read from an upstream for this repository, unless its digest is
@@ -55,9 +62,8 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 	}
 	size := int64(len(m.Raw))
 	_, lost := d.lost.Load(m.Digest)
-	if info, err := d.blobs[m.Digest.Algorithm()].Lstat(m.Digest.Encoded()); lost || err != nil || !info.Mode().IsRegular() || info.Size() != size {
-		if err := d.put(d.blobName(m.Digest), m.Raw); err != nil {
-			_ = d.root.Remove(d.blobName(m.Digest)) // as in Ingest.store
+	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); lost || err != nil || !info.Mode().IsRegular() || info.Size() != size || d.leaves(m.Digest) {
+		if err := d.publishBlob(m.Digest, func() error { return d.put(d.blobName(m.Digest), m.Raw) }); err != nil {
 			return err
 		}
 		d.lost.Delete(m.Digest)
@@ -75,8 +81,23 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 	if err := d.confirmAs(name, record{Size: size, MediaType: m.MediaType}, c); err != nil {
 		return err
 	}
-	d.manifests.add(manifestKey{repo, m.Digest}, m)
+	d.index.Manifest(repo, m, time.Time{})
+	d.remember(manifestKey{repo, m.Digest}, m)
 	return nil
+}
+
+// remember holds a manifest in memory, unless it was evicted since it was stored or read.
+func (d *Disk) remember(key manifestKey, m oci.Manifest) {
+	d.manifests.add(key, m)
+	if d.leaves(key.dgst) {
+		d.manifests.remove(key.dgst)
+	}
+}
+
+// leaves reports whether content that is or was there is being evicted.
+func (d *Disk) leaves(dgst digest.Digest) bool {
+	_, built := d.index.Complete(dgst)
+	return built && !d.index.Is(dgst)
 }
 
 // Manifest returns a stored manifest that this repository reaches, and notes that it was pulled.
@@ -105,7 +126,11 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 		return oci.Manifest{}, fmt.Errorf("%d bytes are no manifest: %w", b.size, fs.ErrNotExist)
 	}
 	raw := make([]byte, b.size)
-	if err := d.readFull(b, raw); err != nil {
+	err = d.inTurn(func() error {
+		_, err := io.ReadFull(b, raw)
+		return err
+	})
+	if err != nil {
 		if errors.Is(err, ErrBusy) {
 			return oci.Manifest{}, err
 		}
@@ -120,15 +145,16 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 	if err != nil {
 		return oci.Manifest{}, errors.Join(err, fs.ErrNotExist)
 	}
-	d.manifests.add(key, m)
+	d.remember(key, m)
 	return m, nil
 }
 
 // flushPulls writes when manifests were last pulled, where there is a record: names that clients make
 // up must not become folders.
 func (d *Disk) flushPulls() {
-	for key, at := range d.manifests.takePulls() {
-		err := d.flushPull(key, at)
+	d.index.Pulled(d.manifests.untold())
+	for key, p := range d.manifests.takePulls() {
+		err := d.flushPull(key, p.at)
 		if err != nil && d.Trouble() != nil {
 			return // it says so itself; a pull more or less changes little
 		}
@@ -152,7 +178,7 @@ func (d *Disk) flushPull(key manifestKey, at time.Time) error {
 }
 
 func newManifestCache() (*manifestCache, error) {
-	c := &manifestCache{pulls: map[manifestKey]time.Time{}}
+	c := &manifestCache{pulls: map[manifestKey]pull{}}
 	var err error
 	c.entries, err = lru.NewWithEvict(manifestEntries, func(_ manifestKey, m oci.Manifest) { c.bytes.Add(-memory(m)) })
 	return c, err
@@ -188,14 +214,28 @@ func (c *manifestCache) pulled(key manifestKey) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.pulls) < manifestEntries {
-		c.pulls[key] = now
+		c.pulls[key] = pull{at: now}
 	}
 }
 
-func (c *manifestCache) takePulls() map[manifestKey]time.Time {
+// untold takes the pulls that the index does not know of.
+func (c *manifestCache) untold() map[manifestKey]time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	untold := map[manifestKey]time.Time{}
+	for key, p := range c.pulls {
+		if !p.told {
+			untold[key] = p.at
+			c.pulls[key] = pull{p.at, true}
+		}
+	}
+	return untold
+}
+
+func (c *manifestCache) takePulls() map[manifestKey]pull {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	pulls := c.pulls
-	c.pulls = map[manifestKey]time.Time{}
+	c.pulls = map[manifestKey]pull{}
 	return pulls
 }

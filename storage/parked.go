@@ -7,6 +7,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -14,7 +15,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -59,7 +59,8 @@ func (i *Ingest) Park(err error) {
 	i.ended = true
 	i.fail(err)
 	if perr := errors.Join(i.file.Close(), i.disk.park(i)); perr != nil {
-		_ = i.disk.tmp.Remove(i.name)
+		i.release()
+		_ = i.disk.tmp.remove(i.name)
 		i.disk.log.Warn("cannot park a download", "digest", i.dgst, "err", perr)
 	}
 }
@@ -67,24 +68,33 @@ func (i *Ingest) Park(err error) {
 // park gives an ingest's file the name by which it is found again. Of two it keeps the longer.
 func (d *Disk) park(i *Ingest) error {
 	now := time.Now()
-	if err := d.tmp.Chtimes(i.name, now, now); err != nil {
+	if err := d.tmp.touch(i.name, now); err != nil {
 		return err
 	}
-	info, err := d.tmp.Lstat(i.name)
+	info, err := d.tmp.lstat(i.name)
 	if err != nil {
 		return err
 	}
 	name := i.parkedName()
 	d.parking.Lock()
 	defer d.parking.Unlock()
-	if old, err := d.tmp.Lstat(name); err == nil && d.checkParked(name, old) == nil && old.Size() >= info.Size() {
-		return d.tmp.Remove(i.name)
+	if old, err := d.tmp.lstat(name); err == nil && d.checkParked(name, old) == nil && old.Size() >= info.Size() {
+		i.release()
+		return d.tmp.remove(i.name)
 	}
-	if err := d.tmp.Rename(i.name, name); err != nil {
+	if err := d.tmp.rename(i.name, name); err != nil {
 		return err
 	}
 	d.parked[name] = &parkedHash{i.hash, i.hashed, info}
+	d.freeSpace(name)
+	d.space[name], i.counted = i.counted, 0
 	return nil
+}
+
+// freeSpace counts a parked file's space as nobody's. The lock is held.
+func (d *Disk) freeSpace(name string) {
+	d.index.Reserve(-d.space[name], 0)
+	delete(d.space, name)
 }
 
 // takeUp goes on with what is parked of the ingest's digest and size, and reports whether anything
@@ -98,9 +108,12 @@ func (i *Ingest) takeUp() bool {
 	d.parking.Lock()
 	state := d.parked[parked]
 	delete(d.parked, parked)
-	err := d.tmp.Rename(parked, name)
+	i.counted = d.space[parked]
+	delete(d.space, parked)
+	err := d.tmp.rename(parked, name)
 	d.parking.Unlock()
 	if errors.Is(err, fs.ErrNotExist) {
+		i.release()
 		return false
 	}
 	var file *os.File
@@ -109,7 +122,8 @@ func (i *Ingest) takeUp() bool {
 		file, info, err = d.openParked(parked, name)
 	}
 	if err != nil {
-		d.log.Warn("dropped a parked download", "file", parked, "err", errors.Join(err, d.tmp.Remove(name)))
+		i.release()
+		d.log.Warn("dropped a parked download", "file", parked, "err", errors.Join(err, d.tmp.remove(name)))
 		return false
 	}
 	i.file, i.name, i.written = file, name, info.Size()
@@ -122,11 +136,11 @@ func (i *Ingest) takeUp() bool {
 
 // openParked opens what was parked and has another name now, to be written at its end.
 func (d *Disk) openParked(parked, name string) (*os.File, fs.FileInfo, error) {
-	file, err := d.tmp.OpenFile(name, os.O_RDWR|unix.O_NONBLOCK, 0)
+	file, err := d.tmp.openToWrite(name)
 	if err != nil {
 		return nil, nil, err
 	}
-	info, err := checkFile(d.tmp.Root, name, file)
+	info, err := checkFile(d.tmp, name, file)
 	if err == nil {
 		err = d.checkParked(parked, info)
 	}
@@ -168,7 +182,7 @@ func (d *Disk) checkParked(name string, info fs.FileInfo) error {
 	switch age := time.Since(info.ModTime()); {
 	case !info.Mode().IsRegular() || !ok || stat.Nlink > 1:
 		return fmt.Errorf("%s %w", name, errForeign)
-	case d.blobs[dgst.Algorithm()].Root == nil || size > d.capacity || info.Size() < worthParking || info.Size() > size:
+	case d.blobs[dgst.Algorithm()].root == nil || size > d.capacity || info.Size() < worthParking || info.Size() > size:
 		return fmt.Errorf("%d bytes of %s cannot have been parked", info.Size(), name)
 	case age.Abs() > parkedFor:
 		return fmt.Errorf("%s was parked %s ago", name, age)
@@ -178,7 +192,7 @@ func (d *Disk) checkParked(name string, info fs.FileInfo) error {
 
 // eachParked calls f, which may remove it, for all that has a parked file's name.
 func (d *Disk) eachParked(f func(name string) error) error {
-	return eachEntry(d.tmp.Root, ".", func(e fs.DirEntry) error {
+	return d.tmp.each(".", func(e fs.DirEntry) error {
 		if !strings.HasPrefix(e.Name(), parkedPrefix) {
 			return nil
 		}
@@ -191,7 +205,7 @@ func (d *Disk) dropExpired() {
 	err := d.eachParked(func(name string) error {
 		d.parking.Lock()
 		defer d.parking.Unlock()
-		info, err := d.tmp.Lstat(name)
+		info, err := d.tmp.lstat(name)
 		if errors.Is(err, fs.ErrNotExist) { // taken up
 			return nil
 		}
@@ -200,7 +214,8 @@ func (d *Disk) dropExpired() {
 		}
 		if err != nil {
 			delete(d.parked, name)
-			d.log.Info("dropped a parked download", "reason", err, "err", d.tmp.Remove(name))
+			d.freeSpace(name)
+			d.log.Info("dropped a parked download", "reason", err, "err", d.tmp.remove(name))
 		}
 		return nil
 	})
@@ -214,7 +229,7 @@ func (d *Disk) dropOldest() bool {
 	var oldest string
 	var parkedAt time.Time
 	err := d.eachParked(func(name string) error {
-		info, err := d.tmp.Lstat(name)
+		info, err := d.tmp.lstat(name)
 		if err == nil && info.Mode().IsRegular() && (oldest == "" || info.ModTime().Before(parkedAt)) {
 			oldest, parkedAt = name, info.ModTime()
 		}
@@ -226,7 +241,8 @@ func (d *Disk) dropOldest() bool {
 	d.parking.Lock()
 	defer d.parking.Unlock()
 	delete(d.parked, oldest)
-	err = d.tmp.Remove(oldest)
+	d.freeSpace(oldest)
+	err = d.tmp.remove(oldest)
 	d.log.Info("dropped a parked download", "file", oldest, "reason", "space is short", "err", err)
 	return err == nil || errors.Is(err, fs.ErrNotExist) // taken up since: look again
 }
@@ -273,10 +289,14 @@ func (d *Disk) rehashParked(ctx context.Context, name string) error {
 	defer file.Close()
 	state := &parkedHash{hash: dgst.Algorithm().Hash(), info: info}
 	d.parked[name] = state
+	if _, known := d.space[name]; !known {
+		d.space[name] = allocated(info)
+		d.index.Reserve(allocated(info), math.MaxInt64)
+	}
 	d.parking.Unlock()
 	buf := make([]byte, 256<<10)
 	for {
-		n, err := file.Read(buf)
+		n, err := d.read(file, buf)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -300,7 +320,11 @@ func (i *Ingest) catchUp(limit int64) error {
 	if n <= 0 {
 		return nil
 	}
-	read, err := io.Copy(i.hash, io.NewSectionReader(i.file, i.hashed, n))
+	err := i.disk.may(callRead, i.name)
+	var read int64
+	if err == nil {
+		read, err = io.Copy(i.hash, io.NewSectionReader(i.file, i.hashed, n))
+	}
 	i.hashed += read
 	if err == nil && read < n {
 		err = io.ErrUnexpectedEOF // somebody has cut the file

@@ -53,7 +53,7 @@ func wantResumed(t testing.TB, d *Disk, raw []byte, from int) {
 // parkedFiles are the paths of what is parked.
 func parkedFiles(t testing.TB, d *Disk) []string {
 	t.Helper()
-	names, err := fs.Glob(d.root.FS(), "tmp/parked-*")
+	names, err := fs.Glob(d.root.root.FS(), "tmp/parked-*")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,7 +368,7 @@ func TestParkedExpires(t *testing.T) {
 
 // mustDisk shows a folder without taking it.
 func mustDisk(t *testing.T, dir string) *Disk {
-	return &Disk{root: mustRoot(t, dir)}
+	return &Disk{root: folder{&volume{}, mustRoot(t, dir), "."}}
 }
 
 func TestParkedGivesWay(t *testing.T) {
@@ -382,12 +382,12 @@ func TestParkedGivesWay(t *testing.T) {
 		}
 		park(t, d, blobs[0], worthParking+1) // used: now the last
 		room := func(most int) {
-			d.allocate = func(*os.File, int64) error {
+			d.on(callAllocate, func(string) error {
 				if len(parkedFiles(t, d)) > most {
 					return os.NewSyscallError("fallocate", syscall.ENOSPC)
 				}
 				return nil
-			}
+			})
 		}
 		raw, dgst := content(2 << 20)
 		room(3)
@@ -416,7 +416,7 @@ func TestParkedGivesWay(t *testing.T) {
 		// A disk that fails, and what cannot be stored at all, are no reason.
 		room(99)
 		park(t, d, blobs[2], worthParking)
-		d.allocate = func(*os.File, int64) error { return syscall.EIO }
+		d.on(callAllocate, func(string) error { return syscall.EIO })
 		if _, err := d.Ingest(app, dgst, 2<<20); !errors.Is(err, syscall.EIO) || len(parkedFiles(t, d)) != 1 {
 			t.Error(err, parkedFiles(t, d))
 		}
@@ -425,12 +425,12 @@ func TestParkedGivesWay(t *testing.T) {
 		}
 		// Records need room too.
 		syncs := 0
-		d.sync = func(f *os.File) error {
+		d.on(callSync, func(name string) error {
 			if syncs++; len(parkedFiles(t, d)) > 0 {
-				return &fs.PathError{Op: "sync", Path: f.Name(), Err: syscall.ENOSPC}
+				return &fs.PathError{Op: "sync", Path: name, Err: syscall.ENOSPC}
 			}
-			return f.Sync()
-		}
+			return nil
+		})
 		if err := d.put("note", []byte("x")); err != nil || syncs != 3 || len(parkedFiles(t, d)) > 0 {
 			t.Error(err, syncs, parkedFiles(t, d))
 		}

@@ -92,7 +92,7 @@ func (d *Disk) StoredFrom(dgst digest.Digest, upstream string) bool {
 
 // storedFrom returns the size.
 func (d *Disk) storedFrom(dgst digest.Digest, upstream string) (int64, error) {
-	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	info, err := d.blobs[dgst.Algorithm()].lstat(dgst.Encoded())
 	if err != nil {
 		return 0, err
 	}
@@ -132,7 +132,11 @@ func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Co
 	if err := d.confirmAs(originRecord(dgst), record{Size: size, Repository: repo.String()}, c); err != nil {
 		return err
 	}
-	return d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
+	err := d.confirmAs(blobRecord(repo, dgst), record{Size: size}, c)
+	if err == nil {
+		d.index.Private(repo, dgst)
+	}
+	return err
 }
 
 // confirmAs writes one record, unless it says the same already.
@@ -181,7 +185,7 @@ func (d *Disk) readRecord(name string, v storable) error {
 		return d.quarantine(d.records, name, fmt.Errorf("is a record of %d bytes", info.Size()))
 	}
 	raw := make([]byte, info.Size())
-	if err := d.readFull(file, raw); err != nil {
+	if err := d.inTurn(func() error { return d.readFull(file, raw) }); err != nil {
 		if errors.Is(err, ErrBusy) {
 			return err
 		}

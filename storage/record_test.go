@@ -115,7 +115,7 @@ func TestConfirmRefusesWhatIsNotStored(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := d.root.Stat("records/quay.io"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := d.root.root.Stat("records/quay.io"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a record of it: %v", err)
 	}
 }
@@ -152,7 +152,7 @@ func TestPutManifest(t *testing.T) {
 	if got, err := d.Manifest(app, m512.Digest); err != nil || got.Digest != m512.Digest {
 		t.Error(got.Digest, err)
 	}
-	if err := d.root.WriteFile(d.blobName(m.Digest), []byte("cut"), 0o600); err != nil {
+	if err := d.root.root.WriteFile(d.blobName(m.Digest), []byte("cut"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.PutManifest(app, m, anonymous); err != nil { // heals it
@@ -237,7 +237,7 @@ func TestTagRefusesWhatIsNotStored(t *testing.T) {
 		t.Errorf("%v, want %v", got, first)
 	}
 	// The old image may be gone when the tag moves on.
-	if err := errors.Join(d.PutManifest(app, m2, anonymous), d.root.Remove(d.blobName(m1.Digest))); err != nil {
+	if err := errors.Join(d.PutManifest(app, m2, anonymous), d.root.root.Remove(d.blobName(m1.Digest))); err != nil {
 		t.Fatal(err)
 	}
 	d.forget()
@@ -321,7 +321,7 @@ func TestPullsAreWrittenBehind(t *testing.T) {
 		if err := d.readRecord(manifestRecord(other, m.Digest), &r); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a name that a client made up has a record: %v", err)
 		}
-		if err := d.records.Remove(publicRecord(m.Digest)); err != nil {
+		if err := d.records.root.Remove(publicRecord(m.Digest)); err != nil {
 			t.Fatal(err)
 		}
 		d.forget()
@@ -348,7 +348,7 @@ func TestAnswers(t *testing.T) {
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Error(err, diff)
 	}
-	names, err := fs.Glob(d.root.FS(), "records/quay.io/org/app/_answers/*")
+	names, err := fs.Glob(d.root.root.FS(), "records/quay.io/org/app/_answers/*")
 	if err != nil || len(names) != maxAnswers {
 		t.Errorf("%d answers, %v", len(names), err)
 	}
@@ -401,6 +401,6 @@ func FuzzRecord(f *testing.F) {
 
 // holds reports whether there is a file for the content, whoever reaches it.
 func (d *Disk) holds(dgst digest.Digest) bool {
-	info, err := d.blobs[dgst.Algorithm()].Lstat(dgst.Encoded())
+	info, err := d.blobs[dgst.Algorithm()].root.Lstat(dgst.Encoded())
 	return err == nil && info.Mode().IsRegular()
 }

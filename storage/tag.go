@@ -142,9 +142,20 @@ func (d *Disk) putTag(key tagKey, t Tag) error {
 	if err := d.writeTag(key, t); err != nil {
 		return err
 	}
-	d.tags.entries.Add(key, t)
 	d.exporter.changed.Store(true)
+	if !d.index.Tagged(key, t) { // evicted since it was looked at
+		return errors.Join(d.records.remove(key.record()), fmt.Errorf("manifest %s: %w", t.Current.Digest, fs.ErrNotExist))
+	}
+	d.tags.entries.Add(key, t)
 	return nil
+}
+
+// forget makes the disk's record the newest.
+func (c *tagCache) forget(key tagKey) {
+	c.entries.Remove(key)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.behind, key)
 }
 
 // writeTag makes a record durable; its stripe is held.

@@ -46,6 +46,9 @@ func figures() []figure {
 		{"refuses", (*bench).refuses},
 		{"throttles", (*bench).throttles},
 		{"restart", (*bench).restart},
+		{"cut", (*bench).cut},
+		{"takeover", (*bench).takeover},
+		{"comeback", (*bench).comeback},
 	}
 }
 
@@ -140,14 +143,15 @@ func (b *bench) publish(layers ...int64) (Image, error) {
 	return img, b.upstream.publish(img)
 }
 
-// install ends whatever runs, heals the upstream, and starts every program with an empty store.
-func (b *bench) install(ctx context.Context, freshFor time.Duration) ([]*mirror, error) {
+// install ends whatever runs, heals the upstream, and starts every program with an empty store, as at
+// says: the rest of it is filled in here.
+func (b *bench) install(ctx context.Context, at place) ([]*mirror, error) {
 	if err := b.clear(); err != nil {
 		return nil, err
 	}
 	for _, p := range b.programs {
 		b.places++
-		at := place{Dir: filepath.Join(b.dir, fmt.Sprintf("%s-%d", p.name, b.places)), Upstream: b.upstream.addr, FreshFor: freshFor}
+		at.Dir, at.Upstream = filepath.Join(b.dir, fmt.Sprintf("%s-%d", p.name, b.places)), b.upstream.addr
 		if b.profiles != "" {
 			at.Profile = filepath.Join(b.profiles, b.figure+".pprof")
 		}

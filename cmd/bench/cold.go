@@ -122,7 +122,7 @@ func (b *bench) heldPull(ctx context.Context, s *samples) ([]row, error) {
 }
 
 func (b *bench) pulls(ctx context.Context, s *samples, from Behaviour) error {
-	mirrors, err := b.install(ctx, 0)
+	mirrors, err := b.install(ctx, place{})
 	if err != nil {
 		return err
 	}
@@ -148,7 +148,7 @@ func (b *bench) pulls(ctx context.Context, s *samples, from Behaviour) error {
 
 // distantPull measures what one gets from an upstream that is 40 ms away, at 16 MiB/s a connection.
 func (b *bench) distantPull(ctx context.Context, s *samples) ([]row, error) {
-	mirrors, err := b.install(ctx, 0)
+	mirrors, err := b.install(ctx, place{})
 	if err != nil {
 		return nil, err
 	}
@@ -181,7 +181,7 @@ func (b *bench) herd(ctx context.Context, s *samples) ([]row, error) {
 		if err != nil {
 			return nil, err
 		}
-		mirrors, err := b.install(ctx, 0)
+		mirrors, err := b.install(ctx, place{})
 		if err != nil {
 			return nil, err
 		}

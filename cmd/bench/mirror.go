@@ -22,6 +22,7 @@ type place struct {
 	Listen   string // host:port
 	Admin    string // host:port, for the program that has one
 	Upstream string // host:port
+	Ahead    string // host:port of an upstream that is asked first; "" for none
 	FreshFor time.Duration
 	Profile  string // the file for breakwater's profile, if one is wanted
 }

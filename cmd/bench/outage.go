@@ -71,7 +71,7 @@ func (b *bench) endured(ctx context.Context, s *samples, fault Fault) ([]*mirror
 	if err != nil {
 		return nil, err
 	}
-	mirrors, err := b.install(ctx, 0)
+	mirrors, err := b.install(ctx, place{})
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func (b *bench) restart(ctx context.Context, s *samples) ([]row, error) {
 	if err != nil {
 		return nil, err
 	}
-	mirrors, err := b.install(ctx, 0)
+	mirrors, err := b.install(ctx, place{})
 	if err != nil {
 		return nil, err
 	}

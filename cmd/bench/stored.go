@@ -159,7 +159,7 @@ func (b *bench) stored(ctx context.Context, s *samples, layers ...int64) (Image,
 	if err != nil {
 		return Image{}, nil, err
 	}
-	mirrors, err := b.install(ctx, time.Hour)
+	mirrors, err := b.install(ctx, place{FreshFor: time.Hour})
 	if err != nil {
 		return Image{}, nil, err
 	}

@@ -32,6 +32,7 @@ const (
 	Refuses   Fault = "refuses connections"
 	Hangs     Fault = "accepts and never answers"
 	Throttles Fault = "answers 429"
+	Cuts      Fault = "breaks each blob off in the middle, once"
 )
 
 // Behaviour is how the upstream answers from now on.
@@ -54,6 +55,7 @@ type Upstream struct {
 	change chan struct{} // closed when now changes: it frees what hangs
 	images map[string]Image
 	blobs  map[digest.Digest]Blob
+	cut    map[digest.Digest]bool // those that were broken off
 }
 
 // serveUpstream is the upstream's process: it ends when the bench's end of the pipe is closed.
@@ -64,6 +66,7 @@ func serveUpstream() error {
 		change: make(chan struct{}),
 		images: map[string]Image{},
 		blobs:  map[digest.Digest]Blob{},
+		cut:    map[digest.Digest]bool{},
 	}
 	if err := u.listen(); err != nil {
 		return err
@@ -158,6 +161,10 @@ func (u *Upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	kind, name := path.Base(path.Dir(r.URL.Path)), path.Base(r.URL.Path)
 	img, isImage := u.images[name]
 	b, isBlob := u.blobs[digest.Digest(name)]
+	cut := now.Fault == Cuts && r.Method == http.MethodGet && isBlob && !u.cut[b.Digest]
+	if cut {
+		u.cut[b.Digest] = true
+	}
 	u.mu.Unlock()
 
 	switch now.Fault {
@@ -175,6 +182,9 @@ func (u *Upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s := &sender{ResponseWriter: w, r: r, upstream: u, rate: now.Rate, start: time.Now()}
+	if cut {
+		s.end = b.Size / 2
+	}
 	switch {
 	case r.URL.Path == "/v2/":
 		w.WriteHeader(http.StatusOK)
@@ -195,6 +205,7 @@ type sender struct {
 	rate     int64
 	start    time.Time
 	n        int64
+	end      int64 // after which the connection breaks; 0 for never
 }
 
 func (s *sender) serve(dgst digest.Digest, mediaType string, content io.ReadSeeker) {
@@ -206,6 +217,9 @@ func (s *sender) serve(dgst digest.Digest, mediaType string, content io.ReadSeek
 }
 
 func (s *sender) Write(p []byte) (int, error) {
+	if s.end > 0 && s.n >= s.end {
+		panic(http.ErrAbortHandler)
+	}
 	n, err := s.ResponseWriter.Write(p)
 	s.n += int64(n)
 	s.upstream.mu.Lock()

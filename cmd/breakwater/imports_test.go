@@ -17,10 +17,11 @@ func TestImportsPointDown(t *testing.T) {
 		"breakwater/proxy/upstream": {"breakwater/pkg/oci"},
 		"breakwater/proxy":          {"breakwater/pkg/oci", "breakwater/pkg/config", "breakwater/proxy/upstream", "breakwater/storage"},
 		"breakwater/cmd/breakwater": {"breakwater/pkg/config", "breakwater/proxy", "breakwater/storage"},
-		// For tests, the demo and the bench only.
+		// For tests, the demo, the bench and the soak only.
 		"breakwater/pkg/registrytest": {"breakwater/pkg/oci"},
 		"breakwater/cmd/demo":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
 		"breakwater/cmd/bench":        {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
+		"breakwater/cmd/soak":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
 	}
 	homes := map[string]string{
 		"github.com/sony/gobreaker/":         "breakwater/proxy/upstream",

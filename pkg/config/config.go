@@ -26,6 +26,7 @@ type Config struct {
 	TLS             TLS                 `yaml:"tls,omitempty"`          // the zero value serves plain HTTP
 	Data            string              `yaml:"data"`                   // the store's folder; absolute once loaded
 	Capacity        Size                `yaml:"capacity"`               // of the store
+	MinFree         Size                `yaml:"min_free"`               // of the disk that the store leaves free; auto is 5 %, at most 5 GiB
 	Log             Log                 `yaml:"log"`
 	DefaultRegistry string              `yaml:"default_registry"` // what a bare path means; a key of Registries
 	AnyRegistry     bool                `yaml:"any_registry"`     // also ask registries that are not configured
@@ -137,6 +138,7 @@ func defaults() *Config {
 		Admin:           "127.0.0.1:5001",
 		Data:            defaultData(),
 		Capacity:        Size{}, // auto
+		MinFree:         Size{}, // auto
 		Log:             Log{Format: LogAuto, Level: "info"},
 		DefaultRegistry: oci.DockerHub,
 		Tags:            defaultTags(),

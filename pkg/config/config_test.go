@@ -427,7 +427,7 @@ func TestSchemaDefaults(t *testing.T) {
 			}
 		}
 	}
-	if n != 12 {
+	if n != 13 {
 		t.Errorf("%d defaults", n)
 	}
 }

@@ -131,6 +131,7 @@ func (c *Config) overridable() map[string]any {
 		"admin":            &c.Admin,
 		"data":             &c.Data,
 		"capacity":         &c.Capacity,
+		"min_free":         &c.MinFree,
 		"default_registry": &c.DefaultRegistry,
 		"any_registry":     &c.AnyRegistry,
 		"log.format":       &c.Log.Format,

@@ -88,8 +88,11 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// autoCapacity is what Size's zero value means at most.
-const autoCapacity = 50 << 30
+// What Size's zero value means at most.
+const (
+	autoCapacity = 50 << 30
+	autoFree     = 5 << 30
+)
 
 // Size is an amount of disk: so many bytes, or a share of the whole disk. The zero value is auto.
 // As text: 50GiB, 200GB, 80%, auto.
@@ -118,6 +121,16 @@ func (s Size) In(dir string) (int64, error) {
 		return int64(float64(disk.Blocks) * float64(disk.Bsize) * s.Percent / 100), nil
 	}
 	return min(autoCapacity, int64(float64(disk.Bavail)*float64(disk.Bsize)/2)), nil
+}
+
+// Free is the size in bytes of a part of the disk that is left free: auto is a twentieth of it, at most
+// 5 GiB.
+func (s Size) Free(dir string) (int64, error) {
+	if s != (Size{}) {
+		return s.In(dir)
+	}
+	twentieth, err := Size{Percent: 5}.In(dir)
+	return min(twentieth, autoFree), err
 }
 
 // String is the shortest text that reads back as s.

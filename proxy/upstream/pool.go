@@ -170,6 +170,20 @@ func (p *Pool) All() []*Client {
 	return all
 }
 
+// Out reports whether a registry could give nothing back now: none of its upstreams' blob breakers is
+// closed.
+func (p *Pool) Out(registry string) bool {
+	p.mu.Lock()
+	list := p.clients[registry]
+	if guest := p.guests[registry]; guest != nil {
+		list = []*Client{guest}
+	}
+	p.mu.Unlock()
+	return len(list) > 0 && !slices.ContainsFunc(list, func(c *Client) bool {
+		return c.breakers[classBlob].state().Name == stateClosed && c.breakers[classManifest].state().Name == stateClosed
+	})
+}
+
 // Close ends the probes and closes idle connections. Bodies that are being read are not cut.
 func (p *Pool) Close() {
 	p.mu.Lock()

@@ -1,0 +1,210 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"path"
+	"strings"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// progressEvery is how often a long look through the store says how far it is.
+const progressEvery = 10 * time.Second
+
+// build fills the index from the disk: content first, then what records say of it. What is stored
+// meanwhile notes itself. Names that this package does not give are counted, told of, and left alone.
+func (d *Disk) build(ctx context.Context) {
+	b := &builder{Disk: d, begun: time.Now(), said: time.Now()}
+	err := b.contents(ctx)
+	if err == nil {
+		err = b.note(ctx)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		d.log.Error("the store could not be looked through: nothing is evicted until the next start", "err", err)
+		return
+	}
+	d.index.Finish()
+	b.dropDangling()
+	u := d.index.Usage()
+	level := d.log.Debug
+	if b.files > 0 {
+		level = d.log.Info
+	}
+	level("store looked through", "images", u.Images, "complete", u.Complete, "contents", u.Contents, "size", u.Bytes,
+		"unknown", b.unknown, "duration", time.Since(b.begun).Seconds())
+}
+
+type builder struct {
+	*Disk
+	begun, said    time.Time
+	files, unknown int
+	dangling       []tagKey // tags of what is not stored
+}
+
+// step is called for each file: it ends the walk with the process, and says how far it is.
+func (b *builder) step(ctx context.Context) error {
+	if b.files++; b.files%256 == 0 && time.Since(b.said) > progressEvery {
+		b.said = time.Now()
+		b.log.Info("looking through the store", "files", b.files)
+	}
+	return ctx.Err()
+}
+
+func (b *builder) contents(ctx context.Context) error {
+	for algorithm, in := range b.blobs {
+		err := in.each(".", func(e fs.DirEntry) error {
+			dgst, err := oci.ParseDigest(algorithm.String() + ":" + e.Name())
+			if err != nil || !e.Type().IsRegular() {
+				b.unknownFile(path.Join(in.path, e.Name()))
+				return nil
+			}
+			info, err := in.lstat(e.Name())
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			b.index.Stored(dgst, allocated(info))
+			return b.step(ctx)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *builder) unknownFile(name string) {
+	if b.unknown++; b.unknown <= 10 {
+		b.log.Warn("the store holds a file that it has not written, and leaves it alone", "file", name)
+	}
+}
+
+// note reads the records.
+func (b *builder) note(ctx context.Context) error {
+	return b.eachRepository(func(repo oci.Repository, kind string) error {
+		return b.records.each(path.Join(repo.Registry, repo.Name, kind), func(e fs.DirEntry) error {
+			if err := b.step(ctx); err != nil {
+				return err
+			}
+			dgst := digestOf(e.Name())
+			switch {
+			case kind == "_tags" && oci.ValidTag(e.Name()):
+				return b.tagged(tagKey{repo, e.Name()})
+			case kind == "_manifests" && dgst != "":
+				return b.stored(repo, dgst)
+			case kind == "_blobs" && dgst != "" && b.index.Is(dgst):
+				b.index.Private(repo, dgst)
+			}
+			return nil
+		})
+	})
+}
+
+// digestOf is the digest that a record is named after: the two algorithms' hex differ in length.
+func digestOf(name string) digest.Digest {
+	algorithm := digest.SHA256
+	if len(name) == 2*64 {
+		algorithm = digest.SHA512
+	}
+	dgst, err := oci.ParseDigest(algorithm.String() + ":" + name)
+	if err != nil {
+		return ""
+	}
+	return dgst
+}
+
+// stored notes a manifest that a repository has a record of. Its bytes are hashed, since they decide what
+// is evicted with it.
+func (b *builder) stored(repo oci.Repository, dgst digest.Digest) error {
+	if !b.index.Is(dgst) {
+		return nil
+	}
+	var r record
+	if err := b.readRecord(manifestRecord(repo, dgst), &r); err != nil {
+		return ignoreAbsent(err)
+	}
+	file, info, err := b.openFile(b.blobs[dgst.Algorithm()], dgst.Encoded())
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	defer file.Close()
+	raw, err := io.ReadAll(io.LimitReader(file, min(info.Size(), oci.MaxManifest)))
+	if err != nil {
+		return err
+	}
+	m, err := oci.ParseManifest("", raw, dgst.Algorithm())
+	if err != nil || m.Digest != dgst {
+		return nil // whoever asks for it finds out
+	}
+	pulled := r.PulledAt
+	if pulled.IsZero() {
+		pulled = r.ConfirmedAt
+	}
+	b.index.Manifest(repo, m, pulled)
+	return nil
+}
+
+func (b *builder) tagged(key tagKey) error {
+	mu := b.writers.of(key.record())
+	mu.Lock()
+	defer mu.Unlock()
+	t, err := b.tag(key)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	b.index.Tagged(key, t)
+	if !b.index.Is(t.Current.Digest) {
+		b.dangling = append(b.dangling, key)
+	}
+	return nil
+}
+
+// dropDangling removes the records of tags whose manifest is gone: an eviction was cut in the middle, or
+// somebody has removed files.
+func (b *builder) dropDangling() {
+	for _, key := range b.dangling {
+		if err := b.dropFromTag(key); err != nil {
+			b.log.Warn("cannot remove the record of a tag that names nothing", "repository", key.repo.String(), "reference", key.tag, "err", err)
+		}
+	}
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// eachRepository calls do for each folder of records of each repository: _tags, _manifests …
+func (d *Disk) eachRepository(do func(repo oci.Repository, kind string) error) error {
+	return d.records.each(".", func(registry fs.DirEntry) error {
+		if !registry.IsDir() || strings.HasPrefix(registry.Name(), "_") {
+			return nil
+		}
+		return d.eachBelow(oci.Repository{Registry: registry.Name()}, do)
+	})
+}
+
+func (d *Disk) eachBelow(repo oci.Repository, do func(repo oci.Repository, kind string) error) error {
+	return d.records.each(path.Join(repo.Registry, repo.Name), func(e fs.DirEntry) error {
+		switch {
+		case !e.IsDir():
+			return nil
+		case strings.HasPrefix(e.Name(), "_"):
+			return do(repo, e.Name())
+		}
+		return d.eachBelow(oci.Repository{Registry: repo.Registry, Name: path.Join(repo.Name, e.Name())}, do)
+	})
+}
