@@ -135,9 +135,15 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			return body, err
 		})
 		if err != nil {
+			f.failUnasked(sources, err)
 			continue // each source knows why
 		}
 		if err = m.transfer(ctx, f, src, body); err == nil {
+			return
+		}
+		if errors.As(err, new(*storeError)) { // no other source would help
+			m.notStored(f, err)
+			f.end(err)
 			return
 		}
 		if f.fail(src, err) { // its readers have bytes that no other source can take back
@@ -247,6 +253,25 @@ func (f *fill) fail(src *source, err error) bool {
 	return f.ingest != nil
 }
 
+// failUnasked notes the error of a race for those who were never asked in it, since the mirror closes:
+// they would be left over for ever.
+func (f *fill) failUnasked(sources []*source, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, src := range sources {
+		if src.err == nil {
+			src.err = err
+		}
+	}
+}
+
+// hasReaders reports whether readers have been let in.
+func (f *fill) hasReaders() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ingest != nil
+}
+
 // publish lets readers in.
 func (f *fill) publish(ingest *storage.Ingest) {
 	f.mu.Lock()
@@ -277,6 +302,9 @@ func (f *fill) endLocked(err error) {
 func (f *fill) outcome(repo oci.Repository) (*storage.Ingest, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if errors.As(f.err, new(*storeError)) {
+		return nil, f.err
+	}
 	if f.err != nil {
 		var own []error
 		for _, src := range f.sources {

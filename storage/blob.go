@@ -26,9 +26,12 @@ type Blob struct {
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
-// What does not have the size that it was stored with is quarantined, and absent.
+// What does not have the size that it was stored with, or cannot be read, is quarantined, and absent.
 func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 	b, err := d.openBlob(repo, dgst)
+	if err == nil {
+		err = d.probe(b, dgst)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", dgst, err)
 	}
@@ -36,6 +39,9 @@ func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 }
 
 func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
+	if _, lost := d.lost.Load(dgst); lost {
+		return nil, fmt.Errorf("%s cannot be read: %w", dgst, fs.ErrNotExist)
+	}
 	in := d.blobs[dgst.Algorithm()]
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
@@ -74,9 +80,36 @@ func (d *Disk) noteGone(dgst digest.Digest) {
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
-	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
+	in := d.blobs[dgst.Algorithm()]
+	_ = d.misread(d.quarantine(in, dgst.Encoded(), reason))
+	if _, err := in.lstat(dgst.Encoded()); !errors.Is(err, fs.ErrNotExist) {
+		d.lost.Store(dgst, nil) // until it is stored anew
+	}
 	d.noteGone(dgst)
 	d.manifests.remove(dgst)
+}
+
+// probe reads a byte: a disk that has died is found out while the answer can still come from elsewhere.
+func (d *Disk) probe(b *Blob, dgst digest.Digest) error {
+	if b.size == 0 {
+		return nil
+	}
+	err := d.inTurn(func() error {
+		if err := d.may(callRead, b.file.Name()); err != nil {
+			return err
+		}
+		_, err := b.file.ReadAt(make([]byte, 1), 0)
+		return err
+	})
+	if err == nil {
+		return nil
+	}
+	_ = b.Close()
+	if errors.Is(err, ErrBusy) {
+		return err
+	}
+	d.Quarantine(dgst, err)
+	return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
 }
 
 // Size is the length in bytes, or -1 while it is not known.

@@ -94,6 +94,10 @@ type Disk struct {
 	evicted  atomic.Int64  // images
 	pressed  chan struct{} // wakes the eviction
 
+	health  health
+	reading chan struct{} // who waits for the disk to open or read something small
+	lost    sync.Map      // digests that could not be moved to quarantine, and are absent
+
 	manifests *manifestCache
 	tags      *tagCache
 	exporter  exporter
@@ -122,6 +126,7 @@ func Open(cfg Config) (*Disk, error) {
 		volume:   new(volume),
 		writers:  stripes{seed: maphash.MakeSeed()},
 		parked:   map[string]*parkedHash{},
+		reading:  make(chan struct{}, maxReading),
 		space:    map[string]int64{},
 	}
 	if cfg.Fault != nil {
