@@ -26,6 +26,7 @@ var errNeedsSize = &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: 
 // serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
+	defer keepPace(r.Context())()
 	how := provenance{cache: cacheHit}
 	patience := r.Context()
 	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it

@@ -255,7 +255,7 @@ func TestF63Close(t *testing.T) {
 	}
 }
 
-// A client may be as slow as it likes, but must take something each minute.
+// A client may be as slow as it likes, but must take something now and then.
 func TestF65SlowClient(t *testing.T) {
 	for name, stored := range map[string]func(*rig){
 		"hit":  func(r *rig) { r.get(blobPath(bigLayer)); synctest.Wait() },

@@ -338,7 +338,11 @@ func (d *Disk) makeRoom(n int64) error {
 		hard = d.capacity
 	}
 	for !d.index.Reserve(n, hard) {
-		if !d.dropOldest() && d.evict(d.index.Over(hard)+n, "capacity") == 0 {
+		if d.dropOldest() {
+			continue
+		}
+		over := d.index.Over(hard) + n
+		if over > d.index.Usage().Bytes || d.evict(over, "capacity") == 0 { // nothing goes in vain
 			return syscall.ENOSPC
 		}
 	}
@@ -349,6 +353,20 @@ func (d *Disk) makeRoom(n int64) error {
 		}
 	}
 	return nil
+}
+
+// lacks is how many bytes the disk lacks to take n more; 0 if it has them, or if all images together would
+// not make up for it.
+func (d *Disk) lacks(n int64) int64 {
+	var disk unix.Statfs_t
+	if unix.Fstatfs(int(d.lockFile.Fd()), &disk) != nil {
+		return 0
+	}
+	lacks := max(n-int64(disk.Bavail)*disk.Bsize, 0)
+	if lacks > d.index.Usage().Bytes {
+		return 0
+	}
+	return lacks
 }
 
 // underFloor is how many bytes the disk lacks to its floor, of space or of inodes, each of which counts as

@@ -112,7 +112,7 @@ func (i *Ingest) reserve(n int64) error {
 	}
 	allocate := func() error { return d.withRoom(func() error { return d.allocate(i.file, n) }) }
 	err := allocate()
-	if errors.Is(err, syscall.ENOSPC) && d.evict(n-i.reserved, "disk is full") > 0 {
+	if lacks := d.lacks(n - i.reserved); errors.Is(err, syscall.ENOSPC) && lacks > 0 && d.evict(lacks, "disk is full") > 0 {
 		err = allocate()
 	}
 	if err == nil {
