@@ -23,6 +23,7 @@ const blobType = "application/octet-stream"
 // serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
+	m.completions.blobAsked(r.Method, t.ref)
 	how := provenance{cache: cacheHit}
 	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it
 	if errors.Is(err, fs.ErrNotExist) {
@@ -62,7 +63,7 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, *fill, error) {
 	patience, cancel := context.WithTimeout(ctx, headerBudget)
 	defer cancel()
-	f, err := m.joinFill(ref)
+	f, err := m.joinFill(ref, wanted)
 	if err != nil {
 		return nil, nil, err
 	}

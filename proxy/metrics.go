@@ -21,6 +21,9 @@ type metrics struct {
 	fills        prometheus.Gauge
 	resumes      prometheus.Counter
 	mirror       *Mirror
+
+	completionBytes    prometheus.Counter
+	completionFailures prometheus.Counter
 }
 
 var (
@@ -28,6 +31,10 @@ var (
 		"Requests to an upstream by class (token, manifest, blob) and what they say of it.", []string{"registry", "upstream", "class", "verdict"}, nil)
 	breakerState = prometheus.NewDesc("breakwater_breaker_state",
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
+	keepComplete = prometheus.NewDesc("breakwater_keep_complete",
+		"1 if a kept image is stored with all its blobs, for its platforms.", []string{"image"}, nil)
+	keepAge = prometheus.NewDesc("breakwater_keep_age_seconds",
+		"Seconds since an upstream last confirmed what a kept image's tag names; 0 for one that is kept by digest.", []string{"image"}, nil)
 )
 
 func newMetrics(m *Mirror) *metrics {
@@ -45,12 +52,18 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Downloads into the store that are in flight."}),
 		resumes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_resumes_total",
 			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
+		completionBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_bytes_total",
+			Help: "Bytes of blobs that were fetched before a client asked for them."}),
+		completionFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_failures_total",
+			Help: "Times that an image could not be completed; it is tried again."}),
 		mirror: m,
 	}
+	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "breakwater_completion_images",
+		Help: "Images that are being completed, or wait for it."}, func() float64 { return float64(m.completions.count()) })
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, waiting, s.completionBytes, s.completionFailures, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }
@@ -79,10 +92,22 @@ func cacheLabel(status string) string {
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
 	ch <- breakerState
+	ch <- keepComplete
+	ch <- keepAge
 }
 
-// Collect is for prometheus.Collector: what the upstreams count by themselves.
+// Collect is for prometheus.Collector: what the upstreams count by themselves, and how what is kept does.
 func (s *metrics) Collect(ch chan<- prometheus.Metric) {
+	for _, k := range s.mirror.keepers.all() {
+		complete := 0.0
+		if k.complete.Load() {
+			complete = 1
+		}
+		ch <- prometheus.MustNewConstMetric(keepComplete, prometheus.GaugeValue, complete, k.ref.String())
+		if age, known := k.age(); known {
+			ch <- prometheus.MustNewConstMetric(keepAge, prometheus.GaugeValue, age.Seconds(), k.ref.String())
+		}
+	}
 	for _, c := range s.mirror.pool.All() {
 		for _, h := range c.Health() {
 			labels := []string{c.Registry(), c.Upstream(), h.Class}

@@ -89,7 +89,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 	buf := make([]byte, transferBuffer)
 	for breaks, mark := 0, int64(0); ; {
-		err := t.copy(buf)
+		err := t.copy(buf, m.fills.busy)
 		if err == nil || !errors.As(err, new(*upstream.Error)) || t.size < 0 {
 			return err // whole; or our own trouble; or nobody could tell where its end is
 		}
@@ -154,9 +154,12 @@ func (t *transfer) order() []*source {
 }
 
 // copy moves what the body has into the ingest, and lets readers in at the first byte that they may
-// have. An *upstream.Error is the body's, any other the ingest's.
-func (t *transfer) copy(buf []byte) error {
+// have. An *upstream.Error is the body's, any other the ingest's or ours. It gives way while others are busy.
+func (t *transfer) copy(buf []byte, busy func() bool) error {
 	for began, brought := time.Now(), 0; ; {
+		if err := t.pace.giveWay(busy); err != nil {
+			return err
+		}
 		n, err := t.body.Read(buf)
 		if n > 0 {
 			if _, err := t.ingest.Write(buf[:n]); err != nil {

@@ -2,6 +2,7 @@ package storage
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"strings"
 
@@ -12,8 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Peek is Manifest for those who only look: no pull is noted.
+func (d *Disk) Peek(repo oci.Repository, dgst digest.Digest) (oci.Manifest, error) {
+	m, err := d.manifest(manifestKey{repo, dgst})
+	if err != nil {
+		return oci.Manifest{}, fmt.Errorf("manifest %s@%s: %w", repo, dgst, err)
+	}
+	return m, nil
+}
+
 // Images are the image manifests of m that this repository reaches: m itself or, of an index, those of
-// its manifests that are stored. Looking is not pulling: it is noted nowhere.
+// its manifests that are stored.
 func (d *Disk) Images(repo oci.Repository, m oci.Manifest) []oci.Manifest {
 	if !m.IsIndex() {
 		return []oci.Manifest{m}

@@ -131,6 +131,9 @@ func TestComplete(t *testing.T) {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
+	if m, err := d.Peek(app, whole.Digest); err != nil || m.Digest != whole.Digest {
+		t.Errorf("Peek: %v, %v", m.Digest, err)
+	}
 	if len(d.manifests.takePulls()) > 0 {
 		t.Error("looking counts as pulling")
 	}
