@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -69,7 +70,7 @@ type completion struct {
 	// completions.mu guards these.
 	since   time.Time              // when it was begun
 	touched time.Time              // when a client last asked for its manifest or config
-	failed  time.Time              // when something of it was last not to be had
+	failed  time.Time              // when something of it was first not to be had, in the last try
 	due     time.Time              // not tried before
 	busy    bool                   // somebody is at it; otherwise it is in the queue
 	keep    bool                   // the configuration wants it
@@ -255,46 +256,51 @@ func (c *completions) sleepUntilDue(ctx context.Context, p *completion) bool {
 	}
 }
 
-// fetchAhead fetches what is missing, a few blobs at a time. Those after the first to fail are tried
-// all the same; its error is that.
+// fetchAhead fetches what is missing, a few blobs at a time. Those after the first to fail are tried all
+// the same, but not waited for beyond its next try.
 func (c *completions) fetchAhead(ctx context.Context, p *completion) error {
 	manifest, missing, err := c.missing(ctx, p)
 	if err != nil {
 		return err
 	}
-	atOnce, ended := make(chan struct{}, aheadAtOnce), make(chan error, len(missing))
-	begun := 0
-	for _, desc := range missing {
-		select {
-		case atOnce <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		if c.idle(p, manifest.Blobs) {
-			err = errLater
-			break
-		}
-		started := c.m.asking.start(func(ctx context.Context) {
-			err := errPanicked
-			defer func() { ended <- err; <-atOnce }()
-			err = c.fill(ctx, p, desc.Digest, ahead)
-		})
-		if !started {
-			return errClosed
-		}
-		begun++
-	}
-	for range begun {
-		select {
-		case failed := <-ended:
-			if failed != nil && (err == nil || errors.Is(err, errLater)) {
-				err = failed
+	ended := make(chan error, len(missing))
+	var failed, later error
+	var again <-chan time.Time
+	for under := 0; ; {
+		for len(missing) > 0 && under < aheadAtOnce {
+			if c.idle(p, manifest.Blobs) {
+				missing, later = nil, errLater
+				break
 			}
+			dgst := missing[0].Digest
+			started := c.m.asking.start(func(ctx context.Context) {
+				err := errPanicked
+				defer func() { ended <- err }()
+				err = c.fill(ctx, p, dgst, ahead)
+			})
+			if !started {
+				return errClosed
+			}
+			missing = missing[1:]
+			under++
+		}
+		if under == 0 {
+			return cmp.Or(failed, later)
+		}
+		select {
+		case err := <-ended:
+			if under--; err != nil && failed == nil {
+				failed, again = err, time.After(retryTime)
+				c.mu.Lock()
+				p.failed = time.Now()
+				c.mu.Unlock()
+			}
+		case <-again:
+			return failed
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	return err
 }
 
 // idle reports whether no client is pulling the image any more.
@@ -314,6 +320,7 @@ func (c *completions) idle(p *completion, blobs []ispec.Descriptor) bool {
 func (c *completions) missing(ctx context.Context, p *completion) (oci.Manifest, []ispec.Descriptor, error) {
 	c.mu.Lock()
 	urgent := p.urgent()
+	p.failed = time.Time{}
 	c.mu.Unlock()
 	if c.m.cfg.Load().Completion.Images != config.CompleteAll && !urgent {
 		return oci.Manifest{}, nil, errRefused
@@ -485,7 +492,10 @@ func (c *completions) settle(ctx context.Context, p *completion, err error) (aga
 		c.leave(p)
 		return false
 	default:
-		p.failed, p.due = now, now.Add(retryTime)
+		if p.failed.IsZero() {
+			p.failed = now
+		}
+		p.due = p.failed.Add(retryTime)
 		c.m.metrics.completionFailures.Inc()
 		c.m.logger.Debug("image not completed", "repository", p.ref.Repository, "digest", p.ref.Digest, "err", err)
 	}

@@ -23,6 +23,12 @@ func (r *rig) holdsAll(image registrytest.Image) bool {
 	return !slices.ContainsFunc(image.Blobs, func(b registrytest.Blob) bool { return !r.holds(b.Digest) })
 }
 
+// cutOff takes quay.test away, open connections too.
+func (r *rig) cutOff() {
+	refuses(r)
+	r.network.Reset("quay.test:80")
+}
+
 // layered is an image of n layers of that size.
 func layered(n, size int) registrytest.Image {
 	var layers [][]byte
@@ -123,7 +129,6 @@ func TestCompletionGoesOnBehind(t *testing.T) {
 				go func() {
 					for range 4 {
 						time.Sleep(7 * time.Second)
-						r.get(blobPath(image.Blobs[0]))
 						r.do(http.MethodHead, blobPath(image.Blobs[30]))
 					}
 				}()
@@ -252,7 +257,7 @@ func TestOutageAfterACompletion(t *testing.T) {
 			r.get(blobPath(image.Blobs[0])).want(r, 200)
 			r.get(blobPath(image.Blobs[5])).want(r, 200)
 			time.Sleep(time.Minute)
-			refuses(r)
+			r.cutOff()
 			if restart {
 				r.stop()
 				r.start(completing("images: all"))
@@ -282,7 +287,7 @@ func TestReferrersAreCompleted(t *testing.T) {
 				r.get(app+"/manifests/latest").want(r, 200)
 				r.get(app+"/manifests/"+image.Digest().String()).want(r, 200)
 				time.Sleep(time.Minute)
-				refuses(r)
+				r.cutOff()
 				for i, subject := range subjects {
 					got := r.get(app+"/referrers/"+subject.Digest().String()).want(r, 200)
 					if !strings.Contains(string(got.body), referring[2*i].Digest().String()) {
@@ -361,6 +366,35 @@ func TestLastCompleteImage(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// The newer image is named as soon as it can be had again, before all of it is there.
+func TestNewerImageIsNamedOnceItCanBeHad(t *testing.T) {
+	for name, client := range map[string]bool{"tried by a client": true, "tried by the mirror": false} {
+		bubble(t, completing("images: all"), func(r *rig) {
+			newer := registrytest.NewImage(registrytest.Layer(51, 1000), registrytest.Layer(52, 2<<20))
+			r.quay.Push("org/app", "latest", storedImage)
+			r.pull("latest", storedImage)
+			r.quay.Push("org/app", "latest", newer)
+			r.quay.Fault(registrytest.Match{Kind: registrytest.KindBlob, Path: newer.Blobs[2].Digest.String()}, registrytest.Drip(8<<10, time.Second))
+			heal := r.quay.Fault(registrytest.Match{Kind: registrytest.KindBlob, Path: newer.Blobs[1].Digest.String()}, registrytest.Status(404))
+			r.get(app+"/manifests/latest").want(r, 200).is(r, newer.Raw)
+			synctest.Wait() // its completion has failed, and no client has tried
+			r.get(app+"/manifests/latest").want(r, 200).is(r, storedImage.Raw)
+			time.Sleep(5 * time.Second)
+			heal()
+			if client {
+				r.get(blobPath(newer.Blobs[1])).want(r, 200)
+			} else {
+				time.Sleep(retryTime)
+			}
+			synctest.Wait()
+			r.get(app+"/manifests/latest").want(r, 200).is(r, newer.Raw).fresh(r)
+			if r.holdsAll(newer) {
+				r.Errorf("%s: it is complete already: the test tests nothing", name)
+			}
+		})
 	}
 }
 

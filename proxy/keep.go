@@ -133,9 +133,6 @@ func (k *keeper) pause() time.Duration {
 // refresh asks what the tag names and has that completed. It returns what is closed as its images
 // become complete.
 func (k *keeper) refresh(ctx context.Context) []<-chan struct{} {
-	if k.ref.Digest != "" && k.complete.Load() && k.whole() == nil {
-		return nil // it can be nothing else
-	}
 	dgst, err := k.resolve(ctx)
 	if err == nil {
 		var images []oci.Reference

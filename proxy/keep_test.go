@@ -42,8 +42,7 @@ func TestKeptImageSurvivesItsUpstream(t *testing.T) {
 					if !r.holdsAll(newerImage) || r.holds(unseenImage.Blobs[1].Digest) {
 						r.Error("the newer image is not complete for the host's platform, and for no other")
 					}
-					refuses(r)
-					r.network.Reset("quay.test:80") // it is asked too often for its connection to close
+					r.cutOff()
 					if restart {
 						r.stop()
 						r.start(keeping(keepLatest))
