@@ -82,7 +82,7 @@ func TestMissing(t *testing.T) {
 	windows := d.blob(t, app, Confirmation{})
 	windows.MediaType = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 	nondistributable := d.blob(t, app, Confirmation{})
-	nondistributable.MediaType = ispec.MediaTypeImageLayerNonDistributableGzip
+	nondistributable.MediaType = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
 	m := d.imageOf(t, app, anonymous, stored, private, absent, absent, elsewhere, cut, gone, lied, windows, nondistributable)
 	var got []digest.Digest
 	for _, desc := range d.Missing(app, m) {
