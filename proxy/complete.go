@@ -272,11 +272,11 @@ func (c *completions) fetchAhead(ctx context.Context, p *completion) error {
 				missing, later = nil, errLater
 				break
 			}
-			dgst := missing[0].Digest
+			desc := missing[0]
 			started := c.m.asking.start(func(ctx context.Context) {
 				err := errPanicked
 				defer func() { ended <- err }()
-				err = c.fill(ctx, p, dgst, ahead)
+				err = c.fill(ctx, p, desc, ahead)
 			})
 			if !started {
 				return errClosed
@@ -346,8 +346,11 @@ func (c *completions) manifest(ctx context.Context, ref oci.Reference) (oci.Mani
 }
 
 // fill has one blob stored. Its error is an *upstream.Error if no upstream has it.
-func (c *completions) fill(ctx context.Context, p *completion, dgst digest.Digest, u urgency) error {
-	ref := oci.Reference{Repository: p.ref.Repository, Digest: dgst}
+func (c *completions) fill(ctx context.Context, p *completion, desc ispec.Descriptor, u urgency) error {
+	if !c.m.store.HasRoom(desc.Size) {
+		return errNoRoom
+	}
+	ref := oci.Reference{Repository: p.ref.Repository, Digest: desc.Digest}
 	f, err := c.m.joinFill(ref, u)
 	if err != nil {
 		return err
@@ -599,13 +602,10 @@ func (c *completions) fetchBehind(ctx context.Context, p *completion) error {
 func (c *completions) trickle(ctx context.Context, p *completion, blobs []ispec.Descriptor) error {
 	var failed error
 	for _, desc := range blobs {
-		if !c.m.store.HasRoom(desc.Size) {
-			return errNoRoom
-		}
 		if !c.affords(desc.Size) {
 			return errSpent
 		}
-		err := c.fill(ctx, p, desc.Digest, behind)
+		err := c.fill(ctx, p, desc, behind)
 		if up := new(upstream.Error); err != nil && !errors.As(err, &up) {
 			return err
 		}

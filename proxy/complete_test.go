@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
 
 	"github.com/opencontainers/go-digest"
@@ -72,6 +73,9 @@ func TestWhatIsCompleted(t *testing.T) {
 				time.Sleep(time.Minute)
 				if got := r.holdsAll(image); got != tt.want {
 					r.Errorf("complete: %v, want %v", got, tt.want)
+				}
+				if bytes := r.metric("breakwater_completion_bytes_total"); (bytes != "0") != tt.want {
+					r.Errorf("%s bytes fetched", bytes)
 				}
 				if r.holds(unseenImage.Blobs[1].Digest) {
 					r.Error("another platform's image was fetched")
@@ -258,6 +262,9 @@ func TestOutageAfterACompletion(t *testing.T) {
 			r.get(blobPath(image.Blobs[5])).want(r, 200)
 			time.Sleep(time.Minute)
 			r.cutOff()
+			if tag, err := r.store.Tag(r.repository("org/app"), "latest"); err != nil || tag.LastComplete != tag.Current {
+				r.Errorf("the record does not say that it is complete: %+v, %v", tag, err)
+			}
 			if restart {
 				r.stop()
 				r.start(completing("images: all"))
@@ -325,6 +332,9 @@ func TestLastCompleteImage(t *testing.T) {
 	for _, tt := range outOfReach {
 		for _, status := range []int{404, 503, 403, 429} {
 			for _, images := range []string{"all", "none"} {
+				if images == "none" && status != 404 {
+					continue
+				}
 				t.Run(fmt.Sprint(tt.name, " ", status, " ", images), func(t *testing.T) {
 					t.Parallel()
 					bubble(t, completing("images: "+images), func(r *rig) {
@@ -497,17 +507,39 @@ func TestCloseCutsCompletions(t *testing.T) {
 }
 
 func TestCompletionsAreBounded(t *testing.T) {
-	bubble(t, completing("images: all"), func(r *rig) {
-		r.quay.Fault(blobs, registrytest.Hang())
+	for name, tt := range map[string]struct {
+		begin       func(*completions, *completion)
+		first, last bool // of the images are pending
+	}{
+		"all are urgent":    {func(*completions, *completion) {}, true, false},
+		"all are behind":    {(*completions).enqueue, false, true},
+		"the first to wait": {func(c *completions, p *completion) { c.queue = append([]*completion{p}, c.queue...) }, true, true},
+	} {
+		c := newCompletions(nil)
+		image := func(i int) oci.Reference { return oci.Reference{Digest: digest.FromString(fmt.Sprint(i))} }
 		for i := range maxPending + 100 {
-			image := registrytest.NewImage(registrytest.Layer(uint64(i), 100))
-			r.quay.Push("org/app", fmt.Sprint("v", i), image)
-			if got := r.serve(app + "/manifests/" + fmt.Sprint("v", i)); got.StatusCode != 200 {
-				r.Fatal(got.StatusCode)
+			if p := c.at(image(i)); p != nil {
+				tt.begin(c, p)
 			}
 		}
-		if n := r.mirror.completions.count(); n > maxPending {
-			r.Errorf("%d images pending, want at most %d", n, maxPending)
+		if n := c.count(); n != maxPending || len(c.queue) > maxPending {
+			t.Errorf("%s: %d pending, %d in the queue, want at most %d", name, n, len(c.queue), maxPending)
 		}
+		if first, last := c.pending[image(0)] != nil, c.pending[image(maxPending+99)] != nil; first != tt.first || last != tt.last {
+			t.Errorf("%s: the first is pending: %v, the last: %v", name, first, last)
+		}
+	}
+}
+
+func TestNothingIsCompletedWithoutRoom(t *testing.T) {
+	bubble(t, completing("images: all"), func(r *rig) {
+		image := registrytest.NewImage(registrytest.Layer(1, capacity+1), registrytest.Layer(2, 1000))
+		r.quay.Push("org/app", "latest", image)
+		r.get(app+"/manifests/latest").want(r, 200)
+		time.Sleep(10 * time.Minute)
+		if n := r.quay.Count(registrytest.Match{Path: image.Blobs[1].Digest.String()}); n > 0 || !r.holds(image.Blobs[2].Digest) {
+			r.Errorf("asked %d times for what is larger than the store; the other is stored: %v", n, r.holds(image.Blobs[2].Digest))
+		}
+		r.get(app+"/manifests/latest").want(r, 200).fresh(r)
 	})
 }
