@@ -27,6 +27,7 @@ var errNeedsSize = &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: 
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 	defer keepPace(r.Context())()
+	m.completions.blobAsked(r.Method, t.ref)
 	how := provenance{cache: cacheHit}
 	patience := r.Context()
 	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it
@@ -84,7 +85,7 @@ func (m *Mirror) missBlob(ctx, patience context.Context, ref oci.Reference) (*st
 	if err := m.untaken.reason(ref.Digest); err != nil {
 		return nil, nil, err
 	}
-	f, err := m.joinFill(ref)
+	f, err := m.joinFill(ref, wanted)
 	if err != nil {
 		return nil, nil, err
 	}

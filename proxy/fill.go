@@ -33,6 +33,8 @@ type fillKey struct {
 type fill struct {
 	fillKey
 	ready chan struct{} // closed once the first bytes can be read, or nothing more will come
+	over  chan struct{} // closed once it has ended and is none of the open fills any more
+	pace  *pace
 
 	mu      sync.Mutex // guards what follows
 	sources []*source
@@ -50,8 +52,8 @@ type source struct {
 }
 
 // joinFill returns the fill of ref's digest with ref's sources among its own, and begins one if there
-// is none.
-func (m *Mirror) joinFill(ref oci.Reference) (*fill, error) {
+// is none. It goes on as urgently as the most urgent of those who have joined wants.
+func (m *Mirror) joinFill(ref oci.Reference, u urgency) (*fill, error) {
 	clients, err := m.upstreams(ref)
 	if err != nil {
 		return nil, err
@@ -68,7 +70,7 @@ func (m *Mirror) joinFill(ref oci.Reference) (*fill, error) {
 		m.fills.mu.Lock()
 		f := m.fills.open[key]
 		if f == nil {
-			f = &fill{fillKey: key, ready: make(chan struct{}), sources: sources}
+			f = &fill{fillKey: key, ready: make(chan struct{}), over: make(chan struct{}), pace: newPace(u), sources: sources}
 			if !m.filling.start(func(ctx context.Context) { m.runFill(ctx, f) }) {
 				m.fills.mu.Unlock()
 				return nil, errClosed
@@ -82,6 +84,7 @@ func (m *Mirror) joinFill(ref oci.Reference) (*fill, error) {
 		}
 		m.fills.mu.Unlock()
 		if f.add(sources) {
+			f.pace.raise(u)
 			return f, nil
 		}
 		// It ended between the two locks: what it brought is stored, or the next one tries again.
@@ -118,6 +121,7 @@ func (m *Mirror) leaveFill(f *fill) {
 func (m *Mirror) runFill(ctx context.Context, f *fill) {
 	m.metrics.fills.Inc()
 	defer m.metrics.fills.Dec()
+	defer m.completions.filled(f)
 	defer m.leaveFill(f)
 	defer f.end(errPanicked) // if nothing else has ended it, a panic has
 	for {

@@ -88,7 +88,16 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 	if t.kind == kindReferrers {
 		have.patience = min(have.patience, referrersPatience)
 	}
-	q := m.lists.join(m.asking, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
+	answer, how, err := revalidate(ctx, m, t, have, m.askList(t, path, ask))
+	if errors.Is(err, errUseStored) {
+		return stored, how, nil
+	}
+	return answer, how, err
+}
+
+// askList asks the upstreams for a list, and stores it.
+func (m *Mirror) askList(t target, path string, ask asker) *question[storage.Answer] {
+	return m.lists.join(m.asking, t.ref.Repository.String()+path, func(ctx context.Context) (storage.Answer, error) {
 		answer, err := first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
 			answer, err := ask(ctx, client, t, path)
 			answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
@@ -102,11 +111,6 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 		}
 		return answer, nil
 	})
-	answer, how, err := revalidate(ctx, m, t, have, q)
-	if errors.Is(err, errUseStored) {
-		return stored, how, nil
-	}
-	return answer, how, err
 }
 
 func (m *Mirror) askTags(ctx context.Context, client *upstream.Client, t target, path string) (storage.Answer, error) {
@@ -152,7 +156,7 @@ func nextQuery(link string) string {
 func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	ctx, cancel := context.WithTimeout(r.Context(), m.referrersBudget(t))
 	defer cancel()
-	path := "/referrers/" + t.ref.Digest.String()
+	path := referrersPath(t.ref.Digest)
 	answer, how, err := m.list(ctx, t, path, m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
 		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil {
@@ -178,6 +182,9 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	w.sendBytes(r, answer.Body)
 	return nil
 }
+
+// referrersPath is what a manifest's referrers are asked for and stored by.
+func referrersPath(dgst digest.Digest) string { return "/referrers/" + dgst.String() }
 
 // referrersBudget is how long a list may take that nothing is stored of.
 func (m *Mirror) referrersBudget(t target) time.Duration {

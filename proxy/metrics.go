@@ -22,6 +22,9 @@ type metrics struct {
 	resumes       prometheus.Counter
 	passedThrough prometheus.Counter
 	mirror        *Mirror
+
+	completionBytes    prometheus.Counter
+	completionFailures prometheus.Counter
 }
 
 var (
@@ -33,6 +36,10 @@ var (
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
 	storeDegraded = prometheus.NewDesc("breakwater_store_degraded",
 		"1 while the store cannot write: what is stored is served, the rest is passed through.", nil, nil)
+	keepComplete = prometheus.NewDesc("breakwater_keep_complete",
+		"1 if a kept image is stored with all its blobs, for its platforms.", []string{"image"}, nil)
+	keepAge = prometheus.NewDesc("breakwater_keep_age_seconds",
+		"Seconds since an upstream last confirmed what a kept image's tag names; 0 for one that is kept by digest.", []string{"image"}, nil)
 	storeErrors = prometheus.NewDesc("breakwater_store_errors_total",
 		"Operations of the store that have failed.", []string{"operation"}, nil)
 )
@@ -64,12 +71,18 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
 		passedThrough: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_passed_through_total",
 			Help: "Blobs that were sent to one client alone, since the store could not take them."}),
+		completionBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_bytes_total",
+			Help: "Bytes of blobs that were fetched before a client asked for them."}),
+		completionFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_failures_total",
+			Help: "Times that an image could not be completed; it is tried again."}),
 		mirror: m,
 	}
+	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "breakwater_completion_images",
+		Help: "Images that are being completed, or wait for it."}, func() float64 { return float64(m.completions.count()) })
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, waiting, s.completionBytes, s.completionFailures, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }
@@ -101,12 +114,15 @@ func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- breakerState
 	ch <- storeDegraded
 	ch <- storeErrors
+	ch <- keepComplete
+	ch <- keepAge
 	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
 		ch <- desc
 	}
 }
 
-// Collect is for prometheus.Collector: what the upstreams and the store count by themselves.
+// Collect is for prometheus.Collector: what the upstreams and the store count by themselves, and how
+// what is kept does.
 func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 	degraded := 0.0
 	if s.mirror.store.Trouble() != nil {
@@ -122,6 +138,16 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value))
 	}
 	ch <- prometheus.MustNewConstMetric(evictedDesc, prometheus.CounterValue, float64(u.Evicted))
+	for _, k := range s.mirror.keepers.all() {
+		complete := 0.0
+		if k.complete.Load() {
+			complete = 1
+		}
+		ch <- prometheus.MustNewConstMetric(keepComplete, prometheus.GaugeValue, complete, k.ref.String())
+		if age, known := k.age(); known {
+			ch <- prometheus.MustNewConstMetric(keepAge, prometheus.GaugeValue, age.Seconds(), k.ref.String())
+		}
+	}
 	for _, c := range s.mirror.pool.All() {
 		for _, h := range c.Health() {
 			labels := []string{c.Registry(), c.Upstream(), h.Class}

@@ -56,9 +56,13 @@ type Mirror struct {
 	unstored  unstored
 	passing   slots // blobs that are passed through
 	sending   slots // blobs that are sent from the disk
+
+	completions *completions
+	keepers     keepers
 }
 
-// New returns a mirror that serves. It dials nothing before the first request.
+// New returns a mirror that serves. It dials nothing before the first request, but for what the
+// configuration keeps.
 func New(cfg Config) (*Mirror, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -70,11 +74,13 @@ func New(cfg Config) (*Mirror, error) {
 		passing: make(slots, maxPassed), sending: make(slots, maxSending)}
 	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered, "stack", string(debug.Stack())) }
 	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
+	m.completions = newCompletions(m)
 	m.metrics = newMetrics(m)
-	m.store.Use(storage.Policy{Out: m.pool.Out})
+	m.store.Use(storage.Policy{Kept: m.Kept, Out: m.pool.Out})
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
 	}
+	m.asking.start(m.completions.runBehind)
 	return m, nil
 }
 
@@ -103,6 +109,7 @@ func (m *Mirror) Use(cfg *config.Config) error {
 		return fmt.Errorf("upstreams: %w", err)
 	}
 	m.cfg.Store(cfg)
+	m.keepers.use(m, cfg.Keep)
 	return nil
 }
 
@@ -114,10 +121,11 @@ func account(c config.Credentials) upstream.Account {
 	return a
 }
 
-// Close lets fills finish until ctx ends, then cuts them, and waits for all that runs. Requests should
-// have ended before.
+// Close lets fills that clients wait for finish until ctx ends, then cuts them, and waits for all that
+// runs. Requests should have ended before.
 func (m *Mirror) Close(ctx context.Context) {
 	m.asking.cancel()
+	m.fills.cutUnwanted()
 	m.filling.stop(ctx)
 	m.asking.stop(ctx)
 	m.pool.Close()

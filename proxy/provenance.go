@@ -16,6 +16,7 @@ type provenance struct {
 	cache   string
 	warning string
 	age     time.Duration
+	whole   bool // it is known that all of the image is stored
 }
 
 // What Cache-Status says of answers that are as good as upstream's own.
@@ -49,6 +50,25 @@ func stale(err error, age, freshFor time.Duration) provenance {
 	}
 	p.warning = fmt.Sprintf("stale by %s: %s", age.Truncate(time.Second), reason)
 	return p
+}
+
+// incomplete is how the last complete image is answered, of that age, in the place of one that was come
+// by so.
+func incomplete(how provenance, why error, age, freshFor time.Duration) provenance {
+	reason := why.Error()
+	if up := new(upstream.Error); errors.As(why, &up) {
+		reason = fmt.Sprintf("upstream %s: %s", up.Upstream, up.Reason)
+	}
+	cache, _, _ := strings.Cut(strings.Replace(how.cache, "uri-miss", "stale", 1), "; detail=")
+	if strings.HasPrefix(cache, cacheHit) {
+		cache = fmt.Sprintf("%s; ttl=%d", cacheHit, int64((freshFor - age).Seconds()))
+	}
+	return provenance{
+		cache:   cache + "; detail=incomplete",
+		warning: fmt.Sprintf("stale by %s: the newer image cannot be had: %s", age.Truncate(time.Second), reason),
+		age:     age,
+		whole:   true,
+	}
 }
 
 // mark writes the headers.

@@ -82,7 +82,7 @@ func bubbleOn(t *testing.T, disk storage.Config, yaml string, f func(*rig)) {
 	})
 }
 
-// config loads yaml, in which PASSWORD is a file with one in it.
+// config loads yaml, in which PASSWORD is a file with one in it. Nothing is completed unless it says so.
 func (r *rig) config(yaml string) *config.Config {
 	r.Helper()
 	file, password := filepath.Join(r.dir, "config.yaml"), filepath.Join(r.dir, "password")
@@ -94,6 +94,9 @@ func (r *rig) config(yaml string) *config.Config {
 	cfg, err := config.Load(file, nil, nil)
 	if err != nil {
 		r.Fatal(err)
+	}
+	if !strings.Contains(yaml, "completion:") {
+		cfg.Completion.Images = config.CompleteNone
 	}
 	return cfg
 }

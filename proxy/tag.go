@@ -25,14 +25,16 @@ type resolution struct {
 
 // manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
 func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
-	stored, validatedAt := m.storedTag(t.ref)
+	stored, tag := m.storedTag(t.ref)
+	validatedAt := tag.Current.ValidatedAt
 	if m.fresh(t, validatedAt) {
-		return stored, provenance{cache: cacheHit, age: time.Since(validatedAt)}, nil
+		manifest, how := m.pullable(t, tag, stored, provenance{cache: cacheHit, age: time.Since(validatedAt)})
+		return manifest, how, nil
 	}
-	q := m.tags.join(m.asking, t.ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, t.ref) })
-	resolved, how, err := revalidate(ctx, m, t, m.standby(t, validatedAt), q)
+	resolved, how, err := revalidate(ctx, m, t, m.standby(t, validatedAt), m.questionTag(t.ref))
 	if errors.Is(err, errUseStored) {
-		return stored, how, nil
+		manifest, how := m.pullable(t, tag, stored, how)
+		return manifest, how, nil
 	}
 	switch {
 	case err == nil && resolved.unconfirmed != nil:
@@ -40,7 +42,42 @@ func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, pro
 	case err == nil && !resolved.fetched:
 		how = provenance{cache: cacheConfirmed}
 	}
-	return resolved.manifest, how, err
+	if err != nil {
+		return oci.Manifest{}, how, err
+	}
+	_, tag = m.storedTag(t.ref) // what upstream said has been noted
+	manifest, how := m.pullable(t, tag, resolved.manifest, how)
+	return manifest, how, nil
+}
+
+// questionTag is the one question about a tag that is open, for all who want to know.
+func (m *Mirror) questionTag(ref oci.Reference) *question[resolution] {
+	return m.tags.join(m.asking, ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, ref) })
+}
+
+// pullable is the answer to a tag: what it names or, if that cannot be had whole, the last complete image
+// that it named, stale by its own age (DESIGN 2, "Complete").
+func (m *Mirror) pullable(t target, tag storage.Tag, named oci.Manifest, how provenance) (oci.Manifest, provenance) {
+	last := tag.LastComplete
+	if last.Digest == named.Digest {
+		how.whole = true
+		return named, how
+	}
+	rules := m.cfg.Load().TagsFor(t.ref.Repository)
+	age := max(0, time.Since(last.ValidatedAt))
+	if last.Digest == "" || age >= rules.MaxStale.Duration {
+		return named, how
+	}
+	why := m.completions.outOfReach(t.ref, named)
+	if why == nil || m.store.Complete(t.ref.Repository, named.Digest) || !m.store.Complete(t.ref.Repository, last.Digest) {
+		return named, how
+	}
+	manifest, err := m.store.Manifest(t.ref.Repository, last.Digest)
+	if err != nil {
+		return named, how
+	}
+	m.metrics.staleAnswers.WithLabelValues(t.ref.Registry).Inc()
+	return manifest, incomplete(how, why, age, rules.FreshFor.Duration)
 }
 
 // errUseStored says that the stored answer is to be given, marked stale.
@@ -103,20 +140,20 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q
 	return answer, stale(err, have.age(), rules.FreshFor.Duration), errUseStored
 }
 
-// storedTag is what the record names and when upstream last said so: zero unless both are stored.
-func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, time.Time) {
+// storedTag is what the record names, and the record: zero unless both are stored.
+func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, storage.Tag) {
 	tag, err := m.store.Tag(ref.Repository, ref.Tag)
 	var manifest oci.Manifest
 	if err == nil {
 		manifest, err = m.store.Manifest(ref.Repository, tag.Current.Digest)
 	}
 	if err == nil {
-		return manifest, tag.Current.ValidatedAt
+		return manifest, tag
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored tag cannot be read", "repository", ref.Repository, "reference", ref.Tag, "err", err)
 	}
-	return oci.Manifest{}, time.Time{}
+	return oci.Manifest{}, storage.Tag{}
 }
 
 // tooStale is the 503 for a tag whose stored answer is older than the user allows.
@@ -143,7 +180,7 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 		return answer, err
 	})
 	answer, i, err := r.run(ctx)
-	if _, validatedAt := m.storedTag(ref); err == nil && answer.unconfirmed != nil && validatedAt.After(answer.at) {
+	if _, tag := m.storedTag(ref); err == nil && answer.unconfirmed != nil && tag.Current.ValidatedAt.After(answer.at) {
 		return answer, answer.unconfirmed // ours is newer than theirs
 	}
 	if err == nil && answer.durable {
@@ -155,7 +192,8 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 // turnsBack reports whether an answer may be that of a lagging copy: it is another than the stored
 // one, which is not too old to be preferred while those who come first are out.
 func (m *Mirror) turnsBack(ref oci.Reference, answer resolution) bool {
-	stored, validatedAt := m.storedTag(ref)
+	stored, tag := m.storedTag(ref)
+	validatedAt := tag.Current.ValidatedAt
 	return !validatedAt.IsZero() && stored.Digest != answer.manifest.Digest &&
 		time.Since(validatedAt) < m.cfg.Load().TagsFor(ref.Repository).MaxStale.Duration
 }
@@ -210,14 +248,9 @@ func (m *Mirror) confirmed(client *upstream.Client, named oci.Reference) (oci.Ma
 	return m.store.Manifest(named.Repository, named.Digest)
 }
 
-// keepTag renews the record. Which image was last complete is kept as it was.
+// keepTag renews the record.
 func (m *Mirror) keepTag(ref oci.Reference, current storage.Validated) {
-	tag, err := m.store.Tag(ref.Repository, ref.Tag)
-	if err != nil {
-		tag = storage.Tag{}
-	}
-	tag.Current = current
-	if err := m.store.PutTag(ref.Repository, ref.Tag, tag); err != nil {
+	if err := m.store.RenewTag(ref.Repository, ref.Tag, current); err != nil {
 		m.logNotStored("tag record not stored", err, "repository", ref.Repository, "reference", ref.Tag)
 	}
 }

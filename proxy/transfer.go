@@ -105,6 +105,9 @@ func (t *transfer) judge(err error) error {
 func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 	buf := make([]byte, transferBuffer)
 	for {
+		if err := t.pace.giveWay(m.fills.busy); err != nil {
+			return err
+		}
 		n, err := m.read(ctx, t, buf)
 		if n > 0 {
 			if _, err := t.ingest.Write(buf[:n]); err != nil {

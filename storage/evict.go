@@ -342,7 +342,7 @@ func (d *Disk) makeRoom(n int64) error {
 			continue
 		}
 		over := d.index.Over(hard) + n
-		if over > d.index.Usage().Bytes || d.evict(over, "capacity") == 0 { // nothing goes in vain
+		if over > d.index.Over(0) || d.evict(over, "capacity") == 0 { // nothing goes in vain
 			return syscall.ENOSPC
 		}
 	}
@@ -358,15 +358,20 @@ func (d *Disk) makeRoom(n int64) error {
 // lacks is how many bytes the disk lacks to take n more; 0 if it has them, or if all images together would
 // not make up for it.
 func (d *Disk) lacks(n int64) int64 {
+	lacks := max(n-d.free(), 0)
+	if lacks > d.index.Over(0) {
+		return 0
+	}
+	return lacks
+}
+
+// free is what the disk has left for us.
+func (d *Disk) free() int64 {
 	var disk unix.Statfs_t
 	if unix.Fstatfs(int(d.lockFile.Fd()), &disk) != nil {
 		return 0
 	}
-	lacks := max(n-int64(disk.Bavail)*disk.Bsize, 0)
-	if lacks > d.index.Usage().Bytes {
-		return 0
-	}
-	return lacks
+	return int64(disk.Bavail) * disk.Bsize
 }
 
 // underFloor is how many bytes the disk lacks to its floor, of space or of inodes, each of which counts as

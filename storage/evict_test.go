@@ -2,6 +2,7 @@ package storage
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +47,7 @@ func manifestOf(t testing.TB, note string, blobs ...[]byte) oci.Manifest {
 	for _, raw := range blobs {
 		descs = append(descs, fmt.Sprintf(`{"mediaType":"a/b","digest":%q,"size":%d}`, digest.FromBytes(raw), len(raw)))
 	}
-	return parsed(t, fmt.Sprintf(`{"layers":[%s],"annotations":{"note":%q}}`, strings.Join(descs, ","), note))
+	return parsed(t, json.RawMessage(fmt.Sprintf(`{"layers":[%s],"annotations":{"note":%q}}`, strings.Join(descs, ","), note)))
 }
 
 // indexOf is an index of these images.
@@ -56,16 +57,7 @@ func indexOf(t testing.TB, images ...oci.Manifest) oci.Manifest {
 	for _, m := range images {
 		descs = append(descs, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, m.MediaType, m.Digest, len(m.Raw)))
 	}
-	return parsed(t, fmt.Sprintf(`{"manifests":[%s]}`, strings.Join(descs, ",")))
-}
-
-func parsed(t testing.TB, raw string) oci.Manifest {
-	t.Helper()
-	m, err := oci.ParseManifest("", []byte(raw), digest.SHA256)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return m
+	return parsed(t, json.RawMessage(fmt.Sprintf(`{"manifests":[%s]}`, strings.Join(descs, ","))))
 }
 
 // name stores the manifest, and the tag if there is one.
@@ -218,8 +210,8 @@ func TestEvictsWhatBelongsTogether(t *testing.T) {
 			all := pulled{app, "latest", indexOf(t, amd.m, arm.m, manifestOf(t, "never asked for")), nil}
 			name(t, d, all)
 			store(t, d, app, sig, anonymous)
-			signature := pulled{app, "", parsed(t, fmt.Sprintf(`{"layers":[{"mediaType":"a/b","digest":%q,"size":1000}],"subject":{"mediaType":"a/b","digest":%q,"size":1}}`,
-				digest.FromBytes(sig), all.m.Digest)), nil}
+			signature := pulled{app, "", parsed(t, json.RawMessage(fmt.Sprintf(`{"layers":[{"mediaType":"a/b","digest":%q,"size":1000}],"subject":{"mediaType":"a/b","digest":%q,"size":1}}`,
+				digest.FromBytes(sig), all.m.Digest))), nil}
 			name(t, d, signature)
 			old := pulled{app, strings.Replace(all.m.Digest.String(), ":", "-", 1) + ".sig", manifestOf(t, "sig"), nil}
 			name(t, d, old)

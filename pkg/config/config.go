@@ -36,7 +36,32 @@ type Config struct {
 	Public          []string            `yaml:"public,omitempty"` // patterns of repositories, see IsPublic
 	Tags            Tags                `yaml:"tags"`             // for all registries; ask TagsFor
 	Registries      map[string]Registry `yaml:"registries"`       // by the name that clients ask for
+	Completion      Completion          `yaml:"completion"`
+	Keep            []Keep              `yaml:"keep,omitempty"` // held complete and fresh, always
 }
+
+// Completion says which images the mirror completes by itself, with what clients did not ask for.
+type Completion struct {
+	Images      string `yaml:"images"`        // CompleteAll, CompleteKept or CompleteNone
+	BytesPerDay Size   `yaml:"bytes_per_day"` // fetched while no client is about to need it; neither auto nor a share
+}
+
+// What Completion's Images may be.
+const (
+	CompleteAll  = "all"  // those that a client has begun to pull
+	CompleteKept = "kept" // those of Keep
+	CompleteNone = "none" // only what clients ask for is fetched
+)
+
+// Keep is an image that is held complete and fresh. Load fills in what is not said.
+type Keep struct {
+	Image     string   `yaml:"image"`               // with its registry, and a tag or a digest
+	Platforms []string `yaml:"platforms,omitempty"` // of an index: linux/amd64, linux/arm64/v8; by default the host's
+	Every     Duration `yaml:"every,omitempty"`     // how often its tag is asked for upstream
+}
+
+// Reference is the image, understood. Its error is an *oci.Error.
+func (k Keep) Reference() (oci.Reference, error) { return oci.ParseImage(k.Image) }
 
 // TLS names the files of the listener's certificate.
 type TLS struct {
@@ -145,6 +170,7 @@ func defaults() *Config {
 		Log:             Log{Format: LogAuto, Level: "info"},
 		DefaultRegistry: oci.DockerHub,
 		Tags:            defaultTags(),
+		Completion:      Completion{Images: CompleteAll, BytesPerDay: Size{Bytes: 20 << 30}},
 		Registries: map[string]Registry{
 			oci.DockerHub:         {Upstreams: []Upstream{{URL: "https://registry-1.docker.io"}}},
 			"gcr.io":              {Upstreams: []Upstream{{URL: "https://gcr.io"}}},

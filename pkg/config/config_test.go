@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -235,6 +236,23 @@ func TestRegistriesReplaceTheDefaultOnes(t *testing.T) {
 	}
 }
 
+func TestKeepIsCompleted(t *testing.T) {
+	c, err := load("c.yaml", []byte("keep:\n  - image: docker.io/alpine:3\n  - {image: quay.io/org/app:v1, platforms: [linux/arm/v7], every: 1h}\n"), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Keep{
+		{"docker.io/alpine:3", []string{"linux/" + runtime.GOARCH}, Set(time.Minute)},
+		{"quay.io/org/app:v1", []string{"linux/arm/v7"}, Set(time.Hour)},
+	}
+	if diff := cmp.Diff(want, c.Keep, same); diff != "" {
+		t.Error(diff)
+	}
+	if ref, err := c.Keep[0].Reference(); err != nil || ref.String() != "docker.io/library/alpine:3" {
+		t.Errorf("%s, %v", ref, err)
+	}
+}
+
 func TestECRsTellTheirRegion(t *testing.T) {
 	for url, want := range map[string]string{
 		"https://123456789012.dkr.ecr.us-east-1.amazonaws.com":           "us-east-1",
@@ -394,7 +412,8 @@ func fits(t *testing.T, text []byte) error {
 }
 
 func TestSchemaRefusesWhatLoadRefuses(t *testing.T) {
-	for _, text := range []string{"keep: []", "capacity: lots", "capacity: 5", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
+	for _, text := range []string{"shared: []", "completion: {images: some}", "completion: {bytes_per_day: auto}", "completion: {bytes_per_day: 10%}", "keep: [{platforms: [linux/amd64]}]",
+		"keep: [{image: docker.io/alpine}]", "keep: [{image: 'docker.io/alpine:3', platforms: []}]", "keep: [{image: 'docker.io/alpine:3', platforms: [amd64]}]", "capacity: lots", "capacity: 5", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
 		"registries: {q.io: {upstreams: [{url: ftp://q.io}]}}", "registries: {q.io: {upstreams: [{url: https://q.io/x}]}}", "registries: {Q.io: {}}", "registries: {q.io: {upstreams: []}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, proxy: 'socks5://p'}]}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {helper: ../x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, redirect_hosts: [https://x]}]}}",
@@ -493,6 +512,8 @@ func TestSchemaDefaults(t *testing.T) {
 		child(schema, "properties"):                      config,
 		child(schema, "properties", "log", "properties"): config["log"].(map[string]any),
 		child(schema, "$defs", "tags", "properties"):     config["tags"].(map[string]any),
+
+		child(schema, "properties", "completion", "properties"): config["completion"].(map[string]any),
 	} {
 		for key, property := range *properties {
 			if want, ok := property.(map[string]any)["default"]; ok {
@@ -503,7 +524,7 @@ func TestSchemaDefaults(t *testing.T) {
 			}
 		}
 	}
-	if n != 13 {
+	if n != 15 {
 		t.Errorf("%d defaults", n)
 	}
 }
@@ -524,6 +545,7 @@ func FuzzLoad(f *testing.F) {
 		"default_registry: q.io\nregistries:\n  q.io: {upstreams: [{url: https://q.io, repository_prefix: a/}]}\n",
 		"registries: {docker.io: {repositories: {a/b: {tags: {max_stale: unlimited}}}}}\n",
 		"any_registry: true\n---\n",
+		"completion: {images: kept, bytes_per_day: 1GiB}\nkeep: [{image: docker.io/alpine:3, platforms: [linux/arm/v7], every: 1h}]\n",
 		"registries: {q.io: {upstreams: [{url: https://q.io, tags: false, proxy: none, redirect_hosts: [a, 'b:5'], trusted_realms: [c], credentials: {helper: h}}]}}\n",
 		"registries: {q.io: {upstreams: [{url: https://q.io, tags: true, credentials: {ecr: {region: us-east-1}}}]}}\n",
 		"a: &a [*a]\n<<: *a\n? {b: c}\n: d\n",

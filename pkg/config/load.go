@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -229,6 +230,15 @@ func (c *Config) settle() {
 			}
 		}
 		c.Registries[name] = registry
+	}
+	for i := range c.Keep {
+		keep := &c.Keep[i]
+		if keep.Platforms == nil {
+			keep.Platforms = []string{"linux/" + runtime.GOARCH}
+		}
+		if keep.Every.IsZero() {
+			keep.Every = Set(defaultEvery)
+		}
 	}
 }
 

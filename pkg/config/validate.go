@@ -25,6 +25,8 @@ const (
 	minCapacity          = 1 << 20          // less holds no image: somebody forgot the unit
 	maxControl           = 107              // bytes that the kernel has room for (unix(7))
 	maxRevalidateTimeout = 10 * time.Second // within which the mirror answers, whatever upstreams do
+	minEvery             = 10 * time.Second // a registry is asked for each kept tag so often
+	defaultEvery         = time.Minute
 )
 
 // Validate joins all that is wrong with a configuration, each with the path of its field. Load has
@@ -52,7 +54,53 @@ func (c *Config) validate(p *problems) {
 	for _, name := range slices.Sorted(maps.Keys(c.Registries)) {
 		c.Registries[name].validate(p, name)
 	}
+	c.validateCompletion(p)
 }
+
+// validateCompletion checks what the mirror fetches by itself.
+func (c *Config) validateCompletion(p *problems) {
+	p.oneOf("completion.images", c.Completion.Images, CompleteAll, CompleteKept, CompleteNone)
+	if c.Completion.BytesPerDay.Bytes == 0 {
+		p.add("completion.bytes_per_day", "%s is no number of bytes; write them with their unit, such as 20GiB, or images: none", c.Completion.BytesPerDay)
+	}
+	seen := map[oci.Reference]int{}
+	for i, keep := range c.Keep {
+		at := fmt.Sprintf("keep[%d]", i)
+		ref, err := keep.Reference()
+		first, again := seen[ref]
+		switch {
+		case keep.Image == "":
+			p.add(at+".image", "missing; write a registry, a repository and a tag, such as quay.io/org/app:latest")
+		case err != nil:
+			p.add(at+".image", "%q is not an image; write it with its registry and one tag or digest, such as quay.io/org/app:latest", keep.Image)
+		case again:
+			p.add(at+".image", "a duplicate of keep[%d]; keep one of the two", first)
+		case !c.AnyRegistry:
+			p.configured(at+".image", ref.Registry, c.Registries)
+		}
+		if err == nil && !again {
+			seen[ref] = i
+		}
+		for j, platform := range keep.Platforms {
+			if !platformName.MatchString(platform) {
+				p.add(fmt.Sprintf("%s.platforms[%d]", at, j), "%q is not a platform; write it as linux/amd64, or linux/arm/v7", platform)
+			}
+		}
+		p.unique(at+".platforms", keep.Platforms)
+		if len(keep.Platforms) == 0 {
+			p.add(at+".platforms", "empty; write one, such as linux/amd64, or leave the key out for the host's")
+		}
+		if keep.Every.Duration < minEvery {
+			p.add(at+".every", "%s is too often for the registry; write %s or more", keep.Every, Set(minEvery))
+		}
+	}
+	if len(c.Keep) > 0 && c.Completion.Images == CompleteNone {
+		p.add("completion.images", "none, but images of keep are held complete; write kept, or take keep away")
+	}
+}
+
+// platformName is how image indexes name platforms: OS, architecture, and variant where there is one.
+var platformName = regexp.MustCompile(`^[a-z0-9]+/[a-z0-9_]+(/[a-z0-9.]+)?$`)
 
 // validateListeners keeps the registry API on loopback: beyond it an access policy would have to say
 // who may pull what is private.
