@@ -266,7 +266,7 @@ func (d *Disk) lock() error {
 		}
 		return os.NewSyscallError("flock", err)
 	}
-	d.exporter.changed.Store(holder != "")
+	d.exporter.changed.Store(true) // the last one may have stopped before it could write index.json
 	err = d.truncate(file, 0)
 	if err == nil {
 		_, err = d.write(file, []byte(strconv.Itoa(os.Getpid())+"\n"))
@@ -354,7 +354,7 @@ func (d *Disk) Close() error {
 	d.flushTags()
 	d.flushPulls()
 	var err error
-	if d.exporter.changed.Load() {
+	if d.exporter.changed.Load() && d.index.Built() {
 		err = d.export()
 	}
 	return errors.Join(err, d.truncate(d.lockFile, 0), d.release())

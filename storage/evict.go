@@ -393,13 +393,7 @@ func (d *Disk) evictLoop(ctx context.Context) {
 	ticker := time.NewTicker(time.Minute)
 	defer ticker.Stop()
 	var settled time.Time // when the disk will have counted what was deleted last
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		case <-d.pressed:
-		}
+	for ; ctx.Err() == nil; d.wait(ctx, ticker.C) {
 		if over := d.index.Over(d.capacity); over > 0 {
 			d.evict(over, "capacity")
 		}
@@ -408,6 +402,15 @@ func (d *Disk) evictLoop(ctx context.Context) {
 				break
 			}
 		}
+	}
+}
+
+// wait returns when the eviction should look again.
+func (d *Disk) wait(ctx context.Context, due <-chan time.Time) {
+	select {
+	case <-ctx.Done():
+	case <-due:
+	case <-d.pressed:
 	}
 }
 

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"io/fs"
-	"path"
 	"sync/atomic"
 	"time"
 
@@ -26,7 +24,7 @@ type exporter struct {
 // exportIfDue writes index.json within a second of a change, but for no more than a hundredth of the
 // time.
 func (d *Disk) exportIfDue(now time.Time) {
-	if !d.exporter.changed.Load() || now.Before(d.exporter.next) {
+	if !d.exporter.changed.Load() || now.Before(d.exporter.next) || !d.index.Built() {
 		return
 	}
 	begun, pause := time.Now(), time.Second
@@ -67,15 +65,13 @@ func (d *Disk) writeIndex(w io.Writer) error {
 		return err
 	}
 	separator := "\n"
-	err := d.eachTag(func(key tagKey) error {
-		desc, err := d.describe(key)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		raw, err := json.Marshal(desc)
+	err := d.index.Named(func(n named) error {
+		raw, err := json.Marshal(ispec.Descriptor{
+			MediaType:   n.mediaType,
+			Digest:      n.dgst,
+			Size:        n.size,
+			Annotations: map[string]string{ispec.AnnotationRefName: oci.Reference{Repository: n.key.repo, Tag: n.key.tag}.String()},
+		})
 		if err != nil {
 			return err
 		}
@@ -88,40 +84,4 @@ func (d *Disk) writeIndex(w io.Writer) error {
 	}
 	_, err = io.WriteString(w, "\n]}\n")
 	return err
-}
-
-// describe is the descriptor of what a tag names.
-func (d *Disk) describe(key tagKey) (ispec.Descriptor, error) {
-	var t Tag
-	if err := d.readRecord(key.record(), &t); err != nil {
-		return ispec.Descriptor{}, err
-	}
-	desc := ispec.Descriptor{
-		Digest:      t.Current.Digest,
-		Annotations: map[string]string{ispec.AnnotationRefName: oci.Reference{Repository: key.repo, Tag: key.tag}.String()},
-	}
-	var r record
-	err := d.readRecord(manifestRecord(key.repo, desc.Digest), &r)
-	desc.MediaType, desc.Size = r.MediaType, r.Size
-	if errors.Is(err, fs.ErrNotExist) { // stored through another repository
-		var m oci.Manifest
-		m, err = d.manifest(manifestKey{key.repo, desc.Digest})
-		desc.MediaType, desc.Size = m.MediaType, int64(len(m.Raw))
-	}
-	return desc, err
-}
-
-// eachTag walks all tag records.
-func (d *Disk) eachTag(do func(tagKey) error) error {
-	return d.eachRepository(func(repo oci.Repository, kind string) error {
-		if kind != "_tags" {
-			return nil
-		}
-		return d.records.each(path.Join(repo.Registry, repo.Name, kind), func(e fs.DirEntry) error {
-			if !oci.ValidTag(e.Name()) {
-				return nil
-			}
-			return do(tagKey{repo, e.Name()})
-		})
-	})
 }

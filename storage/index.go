@@ -65,7 +65,9 @@ type manifest struct {
 	index     bool
 	repos     []repoID
 	tags      []tagKey
-	subject   sum   // of a referrer
+	subject   sum // of a referrer
+	mediaType string
+	size      int64
 	pulled    int64 // Unix nanoseconds
 }
 
@@ -203,7 +205,7 @@ func (x *index) Manifest(repo oci.Repository, m oci.Manifest, pulled time.Time) 
 			known = &manifest{}
 			x.manifests[i] = known
 		}
-		known.index = m.IsIndex()
+		known.index, known.mediaType, known.size = m.IsIndex(), m.MediaType, int64(len(m.Raw))
 		for _, desc := range slices.Concat(m.Manifests, m.Blobs) {
 			if need := x.at(desc.Digest); need != i && !slices.Contains(known.needs, need) {
 				known.needs = append(known.needs, need)
@@ -447,6 +449,39 @@ func (x *index) Usage() Usage {
 		x.mu.Unlock()
 	}
 	return u
+}
+
+// named is a tag, and what it names.
+type named struct {
+	key       tagKey
+	dgst      digest.Digest
+	mediaType string
+	size      int64
+}
+
+// Named calls do for each tag whose image is stored, in no order, and without the lock.
+func (x *index) Named(do func(named) error) error {
+	const atATime = 512
+	x.mu.Lock()
+	all := slices.Collect(maps.Keys(x.tags))
+	x.mu.Unlock()
+	for keys := range slices.Chunk(all, atATime) {
+		some := make([]named, 0, len(keys))
+		x.mu.Lock()
+		for _, key := range keys {
+			t, ok := x.tags[key]
+			if m := x.manifests[t.current]; ok && m != nil && m.size > 0 {
+				some = append(some, named{key, x.digest(t.current), m.mediaType, m.size})
+			}
+		}
+		x.mu.Unlock()
+		for _, n := range some {
+			if err := do(n); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // Built reports whether all that is on the disk has been noted.

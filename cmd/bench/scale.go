@@ -70,7 +70,7 @@ func (b *bench) scale(ctx context.Context, s *samples) ([]row, error) {
 		if err := grow(ctx, small, 0, scaleImages/100); err != nil {
 			return nil, err
 		}
-		if err := m.measureEviction(ctx, s, small, "evict small"); err != nil {
+		if err := m.measureEviction(ctx, s, small, "evict small", 500); err != nil {
 			return nil, err
 		}
 		if err := os.RemoveAll(small); err != nil {
@@ -182,12 +182,11 @@ func (m *mirror) measureStore(ctx context.Context, s *samples, data string) erro
 	if err := d.Close(); err != nil {
 		return err
 	}
-	return m.measureEviction(ctx, s, data, "evict")
+	return m.measureEviction(ctx, s, data, "evict", 2000)
 }
 
-// measureEviction makes 200 images go.
-func (m *mirror) measureEviction(ctx context.Context, s *samples, data, measure string) error {
-	const images = 200
+// measureEviction makes a number of images go, by opening the store with too small a capacity.
+func (m *mirror) measureEviction(ctx context.Context, s *samples, data, measure string, images int64) error {
 	d, err := open(ctx, data, 0)
 	if err != nil {
 		return err
@@ -196,14 +195,16 @@ func (m *mirror) measureEviction(ctx context.Context, s *samples, data, measure 
 	if err := d.Close(); err != nil {
 		return err
 	}
-	start := time.Now()
-	if d, err = open(ctx, data, bytes-int64(images*(scaleBlobs*4096+8192))); err != nil { // a record each, and a manifest
+	const each = scaleBlobs*4096 + 8192 // a record for each blob, and the manifest
+	if d, err = open(ctx, data, bytes-images*each); err != nil {
 		return err
 	}
-	built := time.Since(start)
-	for d.Usage().Evicted < images && time.Since(start) < built+time.Minute && wait(ctx, 20*time.Millisecond) {
+	start, gone := time.Now(), d.Usage().Evicted
+	for d.Usage().Evicted < images && time.Since(start) < time.Minute && wait(ctx, 10*time.Millisecond) {
 	}
-	s.add(measure, m, milliseconds((time.Since(start)-built)/images))
+	if left := d.Usage().Evicted - gone; left > 0 {
+		s.add(measure, m, milliseconds(time.Since(start))/float64(left))
+	}
 	return d.Close()
 }
 
