@@ -18,11 +18,11 @@ import (
 // released.
 type Blob struct {
 	*volume
-	file   *os.File        // its offset is the Blob's
-	size   int64           // of stored content
-	ingest *Ingest         // nil once stored
-	ctx    context.Context // ends the waiting for an ingest; Read has no parameter for it
-	close  func()          // nil if nothing is to be done
+	file  *os.File        // its offset is the Blob's
+	size  int64           // of stored content
+	mark  *watermark      // nil if all can be read at once
+	ctx   context.Context // ends the waiting at the mark; Read has no parameter for it
+	close func()          // nil if nothing is to be done
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
@@ -66,8 +66,8 @@ func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
 
 // Size is the length in bytes, or -1 while it is not known.
 func (b *Blob) Size() int64 {
-	if b.ingest != nil {
-		return b.ingest.Size()
+	if b.mark != nil {
+		return b.mark.Size()
 	}
 	return b.size
 }
@@ -82,8 +82,8 @@ func (b *Blob) Await(limit int64) (*os.File, int64, error) {
 		return nil, 0, err
 	}
 	end := b.size
-	if b.ingest != nil {
-		if end, err = b.ingest.await(b.ctx, offset); err != nil {
+	if b.mark != nil {
+		if end, err = b.mark.await(b.ctx, offset); err != nil {
 			return nil, 0, err
 		}
 	}
