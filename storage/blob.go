@@ -20,15 +20,24 @@ type Blob struct {
 	*volume
 	file  *os.File        // its offset is the Blob's
 	size  int64           // of stored content
+	info  fs.FileInfo     // of stored content, when it was opened
 	mark  *watermark      // nil if all can be read at once
 	ctx   context.Context // ends the waiting at the mark; Read has no parameter for it
 	close func()          // nil if nothing is to be done
+	whole func()          // what is to be done if it has been read to its end; nil if nothing
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
-// What does not have the size that it was stored with is quarantined, and absent.
+// What does not have the size that it was stored with is quarantined, and absent. What has not been
+// verified since an unclean stop, or was written to by somebody else, is hashed ahead of its readers: they
+// wait for it as for a download, and may find it wrong as they may that, or absent if it is short.
 func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 	b, err := d.openBlob(repo, dgst)
+	if err == nil {
+		if err = d.vet(b, dgst); err != nil {
+			_ = b.Close()
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", dgst, err)
 	}
@@ -46,14 +55,16 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	}
 	r, err := d.reach(repo, dgst)
 	if err == nil && r.Size != info.Size() {
-		err = d.quarantine(in, dgst.Encoded(), fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size))
+		err = fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size)
+		d.Quarantine(dgst, err)
+		err = fmt.Errorf("%s %w: %w", dgst, err, fs.ErrNotExist)
 	}
 	if err != nil {
 		_ = file.Close()
 		return nil, err
 	}
 	readers := d.index.Open(dgst)
-	return &Blob{volume: d.volume, file: file, size: info.Size(), close: func() { d.index.Close(dgst, readers) }}, nil
+	return &Blob{volume: d.volume, file: file, size: info.Size(), info: info, close: func() { d.index.Close(dgst, readers) }}, nil
 }
 
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
@@ -62,6 +73,7 @@ func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
 	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
 	d.index.Gone(dgst)
 	d.manifests.remove(dgst)
+	d.noteDamage(dgst)
 }
 
 // Size is the length in bytes, or -1 while it is not known.
@@ -123,6 +135,12 @@ func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 
 // Close closes the Blob. An ingest goes on.
 func (b *Blob) Close() error {
+	if b.whole != nil {
+		if end, err := b.file.Seek(0, io.SeekCurrent); err == nil && end == b.size {
+			b.whole()
+		}
+		b.whole = nil
+	}
 	err := b.file.Close()
 	if b.close != nil {
 		b.close()

@@ -36,7 +36,7 @@ func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 // Usage tells what the store holds.
 func (d *Disk) Usage() Usage {
 	u := d.index.Usage()
-	u.Evicted = d.evicted.Load()
+	u.Evicted, u.Verified, u.Wrong = d.evicted.Load(), d.checks.verified.Load(), d.checks.wrong.Load()
 	return u
 }
 

@@ -419,6 +419,8 @@ type Usage struct {
 	Bytes    int64 // allocated on the disk
 	Reserved int64 // for what is on its way, or parked
 	Evicted  int64 // images, since the start
+	Verified int64 // bytes that were hashed to see whether the disk still has them, since the start
+	Wrong    int64 // files that were quarantined, since the start
 	Built    bool  // false soon after a start: the figures are not whole yet
 }
 

@@ -11,6 +11,7 @@ import (
 	"path"
 	"sync"
 	"syscall"
+	"time"
 
 	"breakwater/pkg/oci"
 
@@ -268,6 +269,7 @@ func (d *Disk) publishBlob(dgst digest.Digest, publish func() error) error {
 	err := publish()
 	var info fs.FileInfo
 	if err == nil {
+		_ = d.root.touch(name, time.Now().Truncate(verifiedUnit)) // what has another date is hashed again
 		info, err = d.root.lstat(name)
 	}
 	if err != nil {
