@@ -22,6 +22,7 @@ import (
 
 const (
 	minCapacity          = 1 << 20          // less holds no image: somebody forgot the unit
+	minScrub             = 1 << 10          // the same
 	maxRevalidateTimeout = 10 * time.Second // within which the mirror answers, whatever upstreams do
 )
 
@@ -42,6 +43,9 @@ func (c *Config) validate(p *problems) {
 	}
 	if b := c.Capacity.Bytes; b != 0 && b < minCapacity {
 		p.add("capacity", "%d bytes hold no image; write it with its unit, such as 50GiB", b)
+	}
+	if c.Scrub != 0 && c.Scrub < minScrub {
+		p.add("scrub", "%s would take years; write it with its unit, such as 8MiB/s, or off", c.Scrub)
 	}
 	p.oneOf("log.format", c.Log.Format, LogAuto, LogText, LogJSON)
 	p.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
