@@ -40,16 +40,20 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	if !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
-	q := m.manifests.join(m.asking, t.ref.String(), func(ctx context.Context) (oci.Manifest, error) {
-		return first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
-			return m.fetchManifest(ctx, client, t.ref)
-		})
-	})
-	manifest, err = q.wait(ctx, 0)
+	manifest, err = m.askManifest(t.ref).wait(ctx, 0)
 	if err != nil {
 		return manifest, provenance{}, t.answerFor(ctx, err)
 	}
 	return manifest, provenance{cache: cacheFetched}, nil
+}
+
+// askManifest fetches and stores a manifest by its digest, once for all who want it.
+func (m *Mirror) askManifest(ref oci.Reference) *question[oci.Manifest] {
+	return m.manifests.join(m.asking, ref.String(), func(ctx context.Context) (oci.Manifest, error) {
+		return first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
+			return m.fetchManifest(ctx, client, ref)
+		})
+	})
 }
 
 // fetchManifest has upstream confirm a manifest that it gave to another of its repositories, or fetches

@@ -38,6 +38,8 @@ var (
 	storeOnWay  = prometheus.NewDesc("breakwater_store_reserved_bytes", "Disk space reserved for downloads that run or wait to be gone on with.", nil, nil)
 	storeFiles  = prometheus.NewDesc("breakwater_store_contents", "Blobs and manifests in the store.", nil, nil)
 	evictedDesc = prometheus.NewDesc("breakwater_evicted_images_total", "Images that had to go for want of space.", nil, nil)
+	verified    = prometheus.NewDesc("breakwater_verified_bytes_total", "Bytes of the store that were hashed again.", nil, nil)
+	quarantined = prometheus.NewDesc("breakwater_quarantined_files_total", "Files of the store that were taken out of service, since they were damaged.", nil, nil)
 )
 
 func newMetrics(m *Mirror) *metrics {
@@ -89,7 +91,7 @@ func cacheLabel(status string) string {
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
 	ch <- breakerState
-	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
+	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc, verified, quarantined} {
 		ch <- desc
 	}
 }
@@ -101,7 +103,9 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		storeBytes: u.Bytes, storeOnWay: u.Reserved, storeFiles: int64(u.Contents)} {
 		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value))
 	}
-	ch <- prometheus.MustNewConstMetric(evictedDesc, prometheus.CounterValue, float64(u.Evicted))
+	for desc, value := range map[*prometheus.Desc]int64{evictedDesc: u.Evicted, verified: u.Verified, quarantined: u.Wrong} {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value))
+	}
 	for _, c := range s.mirror.pool.All() {
 		for _, h := range c.Health() {
 			labels := []string{c.Registry(), c.Upstream(), h.Class}

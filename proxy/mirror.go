@@ -70,6 +70,7 @@ func New(cfg Config) (*Mirror, error) {
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
 	}
+	m.asking.start(m.repairLoop)
 	return m, nil
 }
 
