@@ -45,22 +45,27 @@ func (m *Mirror) repairLoop(ctx context.Context) {
 		blobs, manifests := m.store.TakeDamaged()
 		waiting.add(blobs, m.repairBlob)
 		waiting.add(manifests, m.repairManifest)
-		for ref, r := range waiting {
-			if time.Now().Before(r.next) || ctx.Err() != nil {
-				continue
-			}
-			err := r.ask(ctx, ref)
-			switch up := new(upstream.Error); {
-			case err == nil:
-				delete(waiting, ref)
-				m.logger.Info("fetched again what was damaged", "repository", ref.Repository, "digest", ref.Digest)
-			case errors.As(err, &up) && !up.Outage():
-				delete(waiting, ref)
-				m.logger.Error("what was damaged is nowhere to be had", "repository", ref.Repository, "digest", ref.Digest, "err", err)
-			default:
-				r.next = time.Now().Add(repairPause)
-				waiting[ref] = r
-			}
+		m.repair(ctx, waiting)
+	}
+}
+
+// repair tries what is due.
+func (m *Mirror) repair(ctx context.Context, waiting repairs) {
+	for ref, r := range waiting {
+		if time.Now().Before(r.next) || ctx.Err() != nil {
+			continue
+		}
+		err := r.ask(ctx, ref)
+		switch up := new(upstream.Error); {
+		case err == nil:
+			delete(waiting, ref)
+			m.logger.Info("fetched again what was damaged", "repository", ref.Repository, "digest", ref.Digest)
+		case errors.As(err, &up) && !up.Outage():
+			delete(waiting, ref)
+			m.logger.Error("what was damaged is nowhere to be had", "repository", ref.Repository, "digest", ref.Digest, "err", err)
+		default:
+			r.next = time.Now().Add(repairPause)
+			waiting[ref] = r
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
 
 	"github.com/opencontainers/go-digest"
@@ -159,6 +161,31 @@ func TestRotThatNobodyCanRepair(t *testing.T) {
 		time.Sleep(time.Hour)
 		if n := r.quay.Count(registrytest.Match{}); n == 0 || n > 2 {
 			r.Errorf("upstream was asked %d times", n)
+		}
+	})
+}
+
+// Whatever is wrong upstream, each is tried once a minute.
+func TestRepairsAreTriedOnceAMinute(t *testing.T) {
+	bubble(t, oneUpstream, func(r *rig) {
+		tries := map[oci.Reference]int{}
+		var refs []oci.Reference
+		for _, blob := range storedImage.Blobs {
+			refs = append(refs, oci.Reference{Repository: r.repository("org/app"), Digest: blob.Digest})
+		}
+		waiting := repairs{}
+		for range 60 {
+			waiting.add(refs, func(_ context.Context, ref oci.Reference) error {
+				tries[ref]++
+				return errOnItsWay
+			})
+			r.mirror.repair(r.Context(), waiting)
+			time.Sleep(repairEvery)
+		}
+		for _, ref := range refs {
+			if tries[ref] != 10 {
+				r.Errorf("%s was tried %d times in ten minutes", ref, tries[ref])
+			}
 		}
 	})
 }

@@ -527,6 +527,9 @@ func TestF54RecheckAfterAWholeRead(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				if (b.whole != nil) != (test.age > recheckAge) {
+					t.Errorf("its reading is watched: %v", b.whole != nil)
+				}
 				if _, err := io.CopyN(io.Discard, b, test.read); err != nil {
 					t.Fatal(err)
 				}

@@ -50,7 +50,7 @@ func (d *Disk) scrub(ctx context.Context, dgst digest.Digest, info fs.FileInfo, 
 		return limiter.WaitN(ctx, scrubLook)
 	}
 	paced := func(n int64) error { return limiter.WaitN(ctx, int(n)) }
-	info, err := d.verifyFile(dgst, scrubAge, paced)
+	_, err := d.verifyFile(dgst, scrubAge, paced)
 	if errors.Is(err, errUnreadable) {
 		d.log.Warn("cannot verify a stored file", "digest", dgst, "err", err)
 		if !wait(ctx, scrubTrouble) {
