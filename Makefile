@@ -12,6 +12,7 @@ run: build
 test:
 	testdata/install.sh
 	CGO_ENABLED=1 go test -race ./...
+	go test -run TestBreakerModel ./proxy/upstream # all of it is too slow with -race
 
 lint:
 	$(LINT) run
@@ -19,6 +20,10 @@ lint:
 
 fuzz:
 	testdata/fuzz.sh 30s
+
+faults-full:
+	testdata/install.sh
+	testdata/faults.sh
 
 bench:
 	go run ./cmd/bench
@@ -29,4 +34,8 @@ demo:
 soak:
 	go run ./cmd/soak
 
-.PHONY: build run test lint fuzz bench demo soak
+# The long runs. powercut needs root: it mounts a file system of its own.
+powercut:
+	FAULTS=full go test -count=1 -timeout 60m -v -run TestF46PowerCut ./storage
+
+.PHONY: build run test lint fuzz faults-full bench demo soak powercut

@@ -3,7 +3,6 @@ package proxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -20,32 +19,51 @@ import (
 
 const blobType = "application/octet-stream"
 
+// errNeedsSize is what HTTP/1.0 gets of a blob whose size nobody tells.
+var errNeedsSize = &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: errcode.ErrorCodeUnsupported,
+	Message: "upstream does not tell the size of this blob, which HTTP/1.0 needs; ask by HTTP/1.1, or again once it is stored"}
+
 // serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
+	defer keepPace(r.Context())()
 	how := provenance{cache: cacheHit}
+	patience := r.Context()
 	blob, err := m.store.Blob(t.ref.Repository, t.ref.Digest) // only if this repository reaches it
-	if errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
+		if errors.Is(err, storage.ErrBusy) {
+			return t.busy(err)
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			m.logger.Error("stored blob cannot be opened", "digest", t.ref.Digest, "err", err)
+		}
 		how = provenance{cache: cacheFetched}
 		if r.Method == http.MethodHead {
 			return m.statBlob(w, r, t) // HEAD never downloads
 		}
+		var cancel context.CancelFunc
+		patience, cancel = context.WithTimeout(r.Context(), headerBudget) // for all that has to be waited for
+		defer cancel()
 		var f *fill
-		if blob, f, err = m.missBlob(r.Context(), t.ref); err != nil {
+		blob, f, err = m.missBlob(r.Context(), patience, t.ref)
+		if errors.As(err, new(*storeError)) {
+			return m.pass(patience, w, r, t)
+		}
+		if err != nil {
 			return t.answerFor(r.Context(), err)
 		}
 		if far, ok := f.far(r, blob.Size()); ok {
 			defer blob.Close()
-			return m.sendFar(w, r, t, far)
+			return m.sendFar(patience, w, r, t, far)
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("open %s: %w", t.ref, err)
-	}
 	defer blob.Close()
+	if err := m.sending.take(patience); err != nil {
+		return t.busy(err)
+	}
+	defer m.sending.leave()
 	if blob.Size() < 0 && !r.ProtoAtLeast(1, 1) { // an end that is no end would look the same to it
-		return &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: errcode.ErrorCodeUnsupported,
-			Message: "upstream does not tell the size of this blob, which HTTP/1.0 needs; ask by HTTP/1.1, or again once it is stored"}
+		return errNeedsSize
 	}
 	how.mark(w)
 	setContent(w.Header(), blobType, t.ref.Digest)
@@ -54,14 +72,18 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		return nil
 	}
 	http.ServeContent(w, r, "", time.Time{}, blob) // Range, preconditions, sendfile
+	if unreadable(w.broken) && how.cache == cacheHit {
+		m.store.Quarantine(t.ref.Digest, w.broken) // the client comes back for the rest
+	}
 	return nil
 }
 
 // missBlob is the blob from upstream. What is stored, but not known to be in this repository, only has
-// to be confirmed; all else is filled. All of it has one headerBudget.
-func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob, *fill, error) {
-	patience, cancel := context.WithTimeout(ctx, headerBudget)
-	defer cancel()
+// to be confirmed; all else is filled. A *storeError says that the store is of no help.
+func (m *Mirror) missBlob(ctx, patience context.Context, ref oci.Reference) (*storage.Blob, *fill, error) {
+	if err := m.untaken.reason(ref.Digest); err != nil {
+		return nil, nil, err
+	}
 	f, err := m.joinFill(ref)
 	if err != nil {
 		return nil, nil, err
@@ -77,8 +99,10 @@ func (m *Mirror) missBlob(ctx context.Context, ref oci.Reference) (*storage.Blob
 	case err != nil:
 	case ingest == nil:
 		blob, err = m.store.Blob(ref.Repository, ref.Digest)
+		err = storeFailed(err)
 	default:
 		blob, err = ingest.Open(ctx)
+		err = storeFailed(err)
 	}
 	return blob, f, err
 }
@@ -99,7 +123,7 @@ func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) 
 // confirm records that upstream has what is stored in this repository too.
 func (m *Mirror) confirm(client *upstream.Client, ref oci.Reference) {
 	if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
-		m.logger.Error("confirmation not stored", "repository", ref.Repository, "digest", ref.Digest, "err", err)
+		m.logNotStored("confirmation not stored", err, "repository", ref.Repository, "digest", ref.Digest)
 	}
 }
 

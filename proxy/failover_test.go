@@ -440,3 +440,17 @@ func TestBreaksWithProgress(t *testing.T) {
 		}
 	})
 }
+
+// A fill whose sources could not all be asked before the mirror closed is over too.
+func TestCloseWithSourcesLeft(t *testing.T) {
+	several(t, 2, "", func(r *rig, ups []*registrytest.Registry) {
+		r.quay.Fault(blobs, registrytest.Delay(500*time.Millisecond), registrytest.Status(503))
+		answered := make(chan answer)
+		go func() { answered <- r.get(blobPath(bigLayer)) }()
+		synctest.Wait()
+		r.mirror.filling.stop(r.Context())
+		if got := <-answered; got.StatusCode != 503 {
+			r.Errorf("%d %s", got.StatusCode, got.body)
+		}
+	})
+}

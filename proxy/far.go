@@ -27,17 +27,12 @@ type farRange struct {
 
 // far is the request's range if it lies far beyond what has arrived. The caller sends it by sendFar.
 func (f *fill) far(r *http.Request, size int64) (farRange, bool) {
-	first, last, ok := strings.Cut(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-")
-	from, err := strconv.ParseInt(first, 10, 64)
-	if !ok || err != nil || size < 0 || from >= size || r.Header.Get("If-Range") != "" {
-		return farRange{}, false // malformed, several, or none: ServeContent's
+	from, to, ok := singleRange(r)
+	if !ok || size < 0 || from >= size {
+		return farRange{}, false // ServeContent's
 	}
-	to := size - 1
-	if last != "" {
-		if to, err = strconv.ParseInt(last, 10, 64); err != nil || to < from {
-			return farRange{}, false
-		}
-		to = min(to, size-1)
+	if to < 0 || to >= size {
+		to = size - 1
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -48,9 +43,26 @@ func (f *fill) far(r *http.Request, size int64) (farRange, bool) {
 	return farRange{f, from, to, size}, true
 }
 
+// singleRange is the first byte that a request asks for, and the last, -1 if all that follow. It is false
+// if that cannot be told: there is no range, or several, the last bytes are asked for, or there is a condition.
+func singleRange(r *http.Request) (from, to int64, ok bool) {
+	first, last, ok := strings.Cut(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-")
+	from, err := strconv.ParseInt(first, 10, 64)
+	if !ok || err != nil || r.Header.Get("If-Range") != "" {
+		return 0, -1, false
+	}
+	if last == "" {
+		return from, -1, true
+	}
+	if to, err = strconv.ParseInt(last, 10, 64); err != nil || to < from {
+		return 0, -1, false
+	}
+	return from, to, true
+}
+
 // sendFar passes a range on by an upstream request of its own: unverified, which the answer says, and
 // not stored (DESIGN 6). It returns an error only if it has written nothing.
-func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange) error {
+func (m *Mirror) sendFar(patience context.Context, w *response, r *http.Request, t target, far farRange) error {
 	defer func() {
 		far.fill.mu.Lock()
 		far.fill.farNow--
@@ -60,8 +72,6 @@ func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange) e
 	if err != nil {
 		return err
 	}
-	patience, cancel := context.WithTimeout(r.Context(), headerBudget)
-	defer cancel()
 	race := &race[*upstream.Body]{
 		tasks:   m.asking,
 		clients: clients,
@@ -81,7 +91,7 @@ func (m *Mirror) sendFar(w *response, r *http.Request, t target, far farRange) e
 		return t.answerFor(r.Context(), err)
 	}
 	defer body.Close()
-	provenance{cache: "breakwater; fwd=uri-miss; fwd-status=206; detail=unverified"}.mark(w)
+	provenance{cache: cacheUnverified}.mark(w)
 	setContent(w.Header(), blobType, t.ref.Digest)
 	w.Header().Set("Accept-Ranges", "bytes")
 	w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", far.from, far.to, far.size))

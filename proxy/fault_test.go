@@ -17,6 +17,7 @@ func (r *rig) serve(path string) *http.Response {
 	w, req := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, path, nil)
 	req.Host = "localhost"
 	r.mirror.ServeHTTP(w, req)
+	r.tells(path, w.Result().Header, w.Body.Bytes())
 	return w.Result()
 }
 
@@ -59,6 +60,20 @@ func TestF06SlowFirstByte(t *testing.T) {
 		for _, h := range r.mirror.pool.All()[0].Health() {
 			if h.State != "closed" || h.Failed+h.Excluded > 0 {
 				r.Errorf("slow counts against the upstream: %+v", h)
+			}
+		}
+		w := httptest.NewRecorder()
+		r.mirror.Admin().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		for class, n := range map[string]int{"manifest": 3, "blob": 1} { // HEAD, GET and a list; GET
+			labels := fmt.Sprintf(`class=%q,registry="quay.test",upstream="quay.test:80"`, class)
+			for _, want := range []string{
+				fmt.Sprintf(`breakwater_upstream_first_byte_seconds_bucket{%s,le="4"} 0`, labels),
+				fmt.Sprintf(`breakwater_upstream_first_byte_seconds_bucket{%s,le="5"} %d`, labels, n),
+				fmt.Sprintf(`breakwater_upstream_first_byte_seconds_sum{%s} %v`, labels, (time.Duration(n) * slow).Seconds()),
+			} {
+				if !strings.Contains(w.Body.String(), want) {
+					r.Errorf("no %s in\n%s", want, w.Body)
+				}
 			}
 		}
 	})

@@ -135,9 +135,15 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			return body, err
 		})
 		if err != nil {
+			f.failUnasked(sources, err)
 			continue // each source knows why
 		}
 		if err = m.transfer(ctx, f, src, body); err == nil {
+			return
+		}
+		if errors.As(err, new(*storeError)) { // no other source would help
+			m.notStored(f, err)
+			f.end(err)
 			return
 		}
 		if f.fail(src, err) { // its readers have bytes that no other source can take back
@@ -211,11 +217,11 @@ func (s *source) open(ctx context.Context, offset int64) (*upstream.Body, error)
 	return body, nil
 }
 
-// logSource says why a source did not deliver: a warning if it is out, nothing much if it does not
-// have the blob, since the client is told.
+// logSource says why a source did not deliver: a warning if it has failed, nothing much if it does not
+// have the blob, since the client is told, or was not asked, since its breaker has said so.
 func (m *Mirror) logSource(ctx context.Context, src *source, err error) {
 	level := slog.LevelWarn
-	if up := new(upstream.Error); errors.As(err, &up) && !up.Outage() {
+	if up := new(upstream.Error); errors.As(err, &up) && (!up.Outage() || up.State == "open" || up.State == "held off") {
 		level = slog.LevelDebug
 	}
 	m.logger.Log(ctx, level, "blob not had", "repository", src.ref.Repository, "digest", src.ref.Digest, "upstream", src.client.Upstream(), "err", err)
@@ -244,6 +250,25 @@ func (f *fill) fail(src *source, err error) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	src.err = err
+	return f.ingest != nil
+}
+
+// failUnasked notes the error of a race for those who were never asked in it, since the mirror closes:
+// they would be left over for ever.
+func (f *fill) failUnasked(sources []*source, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, src := range sources {
+		if src.err == nil {
+			src.err = err
+		}
+	}
+}
+
+// hasReaders reports whether readers have been let in.
+func (f *fill) hasReaders() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return f.ingest != nil
 }
 
@@ -277,6 +302,9 @@ func (f *fill) endLocked(err error) {
 func (f *fill) outcome(repo oci.Repository) (*storage.Ingest, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if errors.As(f.err, new(*storeError)) {
+		return nil, f.err
+	}
 	if f.err != nil {
 		var own []error
 		for _, src := range f.sources {

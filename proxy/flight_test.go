@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -250,6 +251,48 @@ func TestF63Close(t *testing.T) {
 				r.Errorf("%s: closed after %v, want %v", tt.name, took, tt.took)
 			}
 			clients.Wait()
+		})
+	}
+}
+
+// A client may be as slow as it likes, but must take something now and then.
+func TestF65SlowClient(t *testing.T) {
+	for name, stored := range map[string]func(*rig){
+		"hit":  func(r *rig) { r.get(blobPath(bigLayer)); synctest.Wait() },
+		"miss": func(*rig) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, oneUpstream, func(r *rig) {
+				r.quay.PutBlob("org/app", bigLayer.Bytes)
+				stored(r)
+				ask := func() net.Conn {
+					conn, err := r.network.DialContext(r.Context(), "tcp", "localhost:5000")
+					if err != nil {
+						r.Fatal(err)
+					}
+					_, _ = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", blobPath(bigLayer))
+					return conn
+				}
+				slow, silent := ask(), ask()
+				defer slow.Close()
+				defer silent.Close()
+				var got []byte
+				for took := []byte{0}; len(got) < 1000; got = append(got, took...) {
+					if _, err := io.ReadFull(slow, took); err != nil {
+						r.Fatalf("cut after %d bytes, one each 30 s: %v", len(got), err)
+					}
+					time.Sleep(30 * time.Second)
+				}
+				head, _, _ := bytes.Cut(got, []byte("\r\n\r\n"))
+				rest := make([]byte, len(head)+len("\r\n\r\n")+len(bigLayer.Bytes)-len(got))
+				if _, err := io.ReadFull(slow, rest); err != nil || !bytes.HasSuffix(append(got, rest...), bigLayer.Bytes) {
+					r.Errorf("the rest of it: %v", err)
+				}
+				if late, _ := io.ReadAll(silent); len(late) > len(bigLayer.Bytes)/2 {
+					r.Errorf("who took nothing for long got %d bytes after all", len(late))
+				}
+			})
 		})
 	}
 }

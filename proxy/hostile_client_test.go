@@ -112,6 +112,7 @@ func (r *rig) exchange(send, after string) answer {
 	got := answer{Response: resp, took: time.Since(started)}
 	got.body, got.err = io.ReadAll(resp.Body)
 	resp.Body.Close()
+	r.tells(send, got.Header, got.body)
 	_, _ = io.WriteString(conn, after)
 	_ = conn.SetReadDeadline(time.Now().Add(2 * time.Second)) // the lingering close of net/http takes 0.5 s
 	_, err = reader.ReadByte()

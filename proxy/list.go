@@ -98,7 +98,7 @@ func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (st
 			return answer, err
 		}
 		if err := m.store.PutAnswer(t.ref.Repository, path, answer); err != nil {
-			m.logger.Error("list not stored", "repository", t.ref.Repository, "reference", path, "err", err)
+			m.logNotStored("list not stored", err, "repository", t.ref.Repository, "reference", path)
 		}
 		return answer, nil
 	})

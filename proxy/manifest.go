@@ -8,6 +8,7 @@ import (
 
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
+	"breakwater/storage"
 )
 
 // serveManifest sends a manifest, by tag or by digest. It returns an error only if it has written
@@ -36,6 +37,9 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	manifest, err := m.store.Manifest(t.ref.Repository, t.ref.Digest)
 	if err == nil {
 		return manifest, provenance{cache: cacheHit}, nil
+	}
+	if errors.Is(err, storage.ErrBusy) {
+		return manifest, provenance{}, t.busy(err)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
@@ -72,7 +76,7 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 			}
 		}
 	}
-	manifest, err := client.Manifest(ctx, ref)
+	manifest, err := m.getManifest(ctx, client, ref)
 	if err != nil {
 		return manifest, err
 	}
@@ -80,11 +84,24 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 	return manifest, nil
 }
 
+// getManifest is a manifest from upstream, unless the disk would not have it when it was got before: then
+// upstream, which counts GETs, is only asked whether it still has it.
+func (m *Mirror) getManifest(ctx context.Context, client *upstream.Client, ref oci.Reference) (oci.Manifest, error) {
+	if manifest, ok := m.unstored.get(ref); ok {
+		if resolved, err := client.Resolve(ctx, ref); err == nil && resolved.Manifest == nil {
+			return manifest, nil
+		}
+	}
+	return client.Manifest(ctx, ref)
+}
+
+// keepManifest stores a manifest, or remembers it, and reports which.
 func (m *Mirror) keepManifest(client *upstream.Client, repo oci.Repository, manifest oci.Manifest) bool {
 	m.expected.note(repo, manifest)
 	err := m.store.PutManifest(repo, manifest, m.confirmation(client, repo))
+	m.unstored.note(oci.Reference{Repository: repo, Digest: manifest.Digest}, manifest, err)
 	if err != nil {
-		m.logger.Error("manifest not stored", "repository", repo, "digest", manifest.Digest, "err", err)
+		m.logNotStored("manifest not stored", err, "repository", repo, "digest", manifest.Digest)
 	}
 	return err == nil
 }

@@ -13,21 +13,28 @@ import (
 
 // metrics is what the mirror tells of itself.
 type metrics struct {
-	registry     *prometheus.Registry
-	requests     *prometheus.CounterVec
-	seconds      *prometheus.HistogramVec
-	sent         prometheus.Counter
-	staleAnswers *prometheus.CounterVec
-	fills        prometheus.Gauge
-	resumes      prometheus.Counter
-	mirror       *Mirror
+	registry      *prometheus.Registry
+	requests      *prometheus.CounterVec
+	seconds       *prometheus.HistogramVec
+	sent          prometheus.Counter
+	staleAnswers  *prometheus.CounterVec
+	fills         prometheus.Gauge
+	resumes       prometheus.Counter
+	passedThrough prometheus.Counter
+	mirror        *Mirror
 }
 
 var (
 	upstreamRequests = prometheus.NewDesc("breakwater_upstream_requests_total",
 		"Requests to an upstream by class (token, manifest, blob) and what they say of it.", []string{"registry", "upstream", "class", "verdict"}, nil)
+	upstreamFirstByte = prometheus.NewDesc("breakwater_upstream_first_byte_seconds",
+		"Time until an answer of an upstream began, redirects included, by class. Requests without one are not in it.", []string{"registry", "upstream", "class"}, nil)
 	breakerState = prometheus.NewDesc("breakwater_breaker_state",
 		"1 for the state that a breaker is in: closed, half-open or open.", []string{"registry", "upstream", "class", "state"}, nil)
+	storeDegraded = prometheus.NewDesc("breakwater_store_degraded",
+		"1 while the store cannot write: what is stored is served, the rest is passed through.", nil, nil)
+	storeErrors = prometheus.NewDesc("breakwater_store_errors_total",
+		"Operations of the store that have failed.", []string{"operation"}, nil)
 )
 
 // What the store tells of itself. Complete over known is the promise: what would survive an outage.
@@ -57,12 +64,14 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Downloads into the store that are in flight."}),
 		resumes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_resumes_total",
 			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
+		passedThrough: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_passed_through_total",
+			Help: "Blobs that were sent to one client alone, since the store could not take them."}),
 		mirror: m,
 	}
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
 }
@@ -90,14 +99,25 @@ func cacheLabel(status string) string {
 // Describe is for prometheus.Collector.
 func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- upstreamRequests
+	ch <- upstreamFirstByte
 	ch <- breakerState
+	ch <- storeDegraded
+	ch <- storeErrors
 	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc, verified, quarantined} {
 		ch <- desc
 	}
 }
 
-// Collect is for prometheus.Collector: what the upstreams count by themselves.
+// Collect is for prometheus.Collector: what the upstreams and the store count by themselves.
 func (s *metrics) Collect(ch chan<- prometheus.Metric) {
+	degraded := 0.0
+	if s.mirror.store.Trouble() != nil {
+		degraded = 1
+	}
+	ch <- prometheus.MustNewConstMetric(storeDegraded, prometheus.GaugeValue, degraded)
+	for operation, n := range s.mirror.store.Errors() {
+		ch <- prometheus.MustNewConstMetric(storeErrors, prometheus.CounterValue, float64(n), operation)
+	}
 	u := s.mirror.store.Usage()
 	for desc, value := range map[*prometheus.Desc]int64{images: int64(u.Images), complete: int64(u.Complete),
 		storeBytes: u.Bytes, storeOnWay: u.Reserved, storeFiles: int64(u.Contents)} {
@@ -112,6 +132,8 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 			for verdict, n := range map[string]int64{"success": h.Succeeded, "failure": h.Failed, "excluded": h.Excluded} {
 				ch <- prometheus.MustNewConstMetric(upstreamRequests, prometheus.CounterValue, float64(n), append(labels, verdict)...)
 			}
+			f := h.FirstBytes
+			ch <- prometheus.MustNewConstHistogram(upstreamFirstByte, f.Count, f.Seconds, f.Within, labels...)
 			for _, state := range []string{"closed", "half-open", "open"} {
 				value := 0.0
 				if state == h.State {
@@ -124,7 +146,8 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 }
 
 // Admin is the handler of the admin listener, GET only: /healthz says that the process answers,
-// /readyz which upstreams are out (that is no reason not to be ready), /metrics the rest.
+// /readyz which upstreams are out and whether the store can write (neither is a reason not to be ready),
+// /metrics the rest.
 func (m *Mirror) Admin() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.metrics.registry, promhttp.HandlerOpts{}))
@@ -135,6 +158,9 @@ func (m *Mirror) Admin() http.Handler {
 
 func (m *Mirror) serveReady(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write([]byte("ok\n"))
+	if trouble := m.store.Trouble(); trouble != nil {
+		_, _ = w.Write([]byte("store: cannot write since " + trouble.Since.UTC().Format(time.RFC3339) + ": " + trouble.Reason() + "\n"))
+	}
 	for _, c := range m.pool.All() {
 		for i, h := range c.Health() {
 			if left := time.Until(h.HeldUntil); i == 0 && left > 0 {

@@ -52,6 +52,10 @@ type Mirror struct {
 	lists     questions[storage.Answer]
 	fills     fills
 	expected  expectations
+	untaken   untaken
+	unstored  unstored
+	passing   slots // blobs that are passed through
+	sending   slots // blobs that are sent from the disk
 }
 
 // New returns a mirror that serves. It dials nothing before the first request.
@@ -62,7 +66,8 @@ func New(cfg Config) (*Mirror, error) {
 	if cfg.Upstreams.Logger == nil {
 		cfg.Upstreams.Logger = cfg.Logger
 	}
-	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger}
+	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger,
+		passing: make(slots, maxPassed), sending: make(slots, maxSending)}
 	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered, "stack", string(debug.Stack())) }
 	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
 	m.metrics = newMetrics(m)

@@ -18,8 +18,9 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// The whole policy in one file, to be read: what each kind of request gets when content is not stored
-// and upstream does not give it.
+// The whole policy in one file, to be read: what comes of all that an upstream may say or suffer, and
+// then, word by word, what each kind of request gets when content is not stored and upstream does not
+// give it.
 func TestPolicy(t *testing.T) {
 	repo := oci.Repository{Registry: "quay.test", Name: "org/app"}
 	tagged, digested := oci.Reference{Repository: repo, Tag: "latest"}, oci.Reference{Repository: repo, Digest: unknown}
@@ -51,6 +52,8 @@ func TestPolicy(t *testing.T) {
 		{"our own trouble", errors.New("no space left on device")},
 	}
 	var got strings.Builder
+	got.WriteString(policyTable(t))
+	got.WriteString("\nWhat is said when it is not stored:\n")
 	for _, e := range errs {
 		fmt.Fprintf(&got, "# %s\n", e.name)
 		for _, tt := range targets {

@@ -35,7 +35,7 @@ func private(t *testing.T, yaml string, f func(*rig)) {
 		t.Run(scheme, func(t *testing.T) {
 			t.Parallel()
 			bubble(t, yaml, func(r *rig) {
-				r.quay.Configure(registrytest.Config{Auth: registrytest.Auth{Scheme: scheme, Users: map[string]string{"ci": "secret"}}})
+				r.quay.Configure(registrytest.Config{Auth: registrytest.Auth{Scheme: scheme, Users: map[string]string{"ci": registrytest.Canary}}})
 				r.quay.Serve(r, r.network, "quay.test:443")
 				r.quay.Push("org/app", "latest", storedImage)
 				r.quay.Push("org/copied", "latest", storedImage)

@@ -20,10 +20,12 @@ type provenance struct {
 
 // What Cache-Status says of answers that are as good as upstream's own.
 const (
-	cacheHit       = "breakwater; hit"                          // nobody was asked
-	cacheFetched   = "breakwater; fwd=uri-miss; fwd-status=200" // it was not stored
-	cacheMoved     = "breakwater; fwd=stale; fwd-status=200"    // upstream had a newer one
-	cacheConfirmed = cacheMoved + "; detail=confirmed"          // upstream named the stored one
+	cacheHit        = "breakwater; hit"                                             // nobody was asked
+	cacheFetched    = "breakwater; fwd=uri-miss; fwd-status=200"                    // it was not stored
+	cacheUnverified = "breakwater; fwd=uri-miss; fwd-status=206; detail=unverified" // a part, not stored either
+	cacheMoved      = "breakwater; fwd=stale; fwd-status=200"                       // upstream had a newer one
+	cacheNotStored  = cacheFetched + "; detail=not-stored"                          // nor is it now
+	cacheConfirmed  = cacheMoved + "; detail=confirmed"                             // upstream named the stored one
 )
 
 // stale is a stored answer given because upstream did not confirm it: err says why.

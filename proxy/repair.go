@@ -87,7 +87,9 @@ func (m *Mirror) repairBlob(ctx context.Context, ref oci.Reference) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if blob, _, err = m.missBlob(ctx, ref); err != nil {
+	patience, cancel := context.WithTimeout(ctx, headerBudget)
+	defer cancel()
+	if blob, _, err = m.missBlob(ctx, patience, ref); err != nil {
 		return err
 	}
 	return errors.Join(errOnItsWay, blob.Close())

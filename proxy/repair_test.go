@@ -13,6 +13,7 @@ import (
 
 	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
+	"breakwater/storage"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -136,7 +137,7 @@ func TestRottenManifestIsRepaired(t *testing.T) {
 		r.quay.Push("org/app", "latest", storedImage)
 		r.pull("latest", storedImage)
 		r.rot(storedImage.Digest(), 5)
-		report, err := r.store.Verify(r.Context(), nil)
+		report, err := r.store.Verify(r.Context(), func(storage.Progress) {})
 		if err != nil || len(report.Wrong) != 1 || r.holds(storedImage.Digest()) {
 			r.Fatalf("%+v, %v", report, err)
 		}
@@ -155,7 +156,7 @@ func TestRotThatNobodyCanRepair(t *testing.T) {
 		r.rot(layer.Digest, 5)
 		r.quay.Fault(all, registrytest.Status(404))
 		r.quay.Forget()
-		if _, err := r.store.Verify(r.Context(), nil); err != nil {
+		if _, err := r.store.Verify(r.Context(), func(storage.Progress) {}); err != nil {
 			r.Fatal(err)
 		}
 		time.Sleep(time.Hour)

@@ -3,11 +3,13 @@ package proxy
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net/http"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -18,8 +20,9 @@ import (
 const (
 	// sendChunk is how much is sent between two looks at the deadline and the watermark.
 	sendChunk = 1 << 20
-	// sendTimeout is how long a client may take nothing.
-	sendTimeout = 60 * time.Second
+	// sendTimeout is how long a client may take nothing. One on this machine that takes a kilobyte a second
+	// is seen to take something each 64 s: loopback's segments are that large.
+	sendTimeout = 150 * time.Second
 )
 
 // window is a body that is a file, of which a part can be sent already: all of a stored blob, and
@@ -42,6 +45,20 @@ type response struct {
 	silent  bool  // the body that ServeContent writes is not the one to send
 	cache   string
 	broken  error // why the body ended short
+}
+
+// errCut is the error of a file that is shorter than it was when it was opened.
+var errCut = fmt.Errorf("the file has been cut: %w", io.ErrUnexpectedEOF)
+
+// unreadable reports whether a body ended short because its file cannot be read, and not for the client's
+// sake: the kernel gives both errors for the same sendfile, but these never for a connection.
+func unreadable(err error) bool {
+	for _, disk := range [...]error{errCut, syscall.EIO, syscall.EBADMSG, syscall.EUCLEAN, syscall.ENODATA} {
+		if errors.Is(err, disk) {
+			return true
+		}
+	}
+	return false
 }
 
 func newResponse(w http.ResponseWriter, r *http.Request) *response {
@@ -131,6 +148,9 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 		}
 		sent, err := w.send(file, n)
 		total += sent
+		if err == nil && sent == 0 {
+			err = errCut
+		}
 		if err != nil {
 			w.broken = err
 			return total, err
@@ -154,7 +174,7 @@ func (w *response) send(file *os.File, n int64) (sent int64, err error) {
 			return sent, err
 		}
 		if err == nil && m == 0 {
-			return sent, io.ErrUnexpectedEOF
+			return sent, errCut
 		}
 	}
 	return sent, nil

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,8 +38,10 @@ type rig struct {
 	mirror  *Mirror
 	store   *storage.Disk
 	dir     string
+	disk    storage.Config
 	client  *http.Client
 	server  *registrytest.Server
+	secure  *registrytest.Server // quay.test over https, in some tests
 }
 
 const oneUpstream = `
@@ -62,9 +65,15 @@ const capacity = 64 << 20
 // bubble runs f with a rig whose configuration is yaml.
 func bubble(t *testing.T, yaml string, f func(*rig)) {
 	t.Helper()
+	bubbleOn(t, storage.Config{}, yaml, f)
+}
+
+// bubbleOn is bubble with a disk that may fail.
+func bubbleOn(t *testing.T, disk storage.Config, yaml string, f func(*rig)) {
+	t.Helper()
 	dir := t.TempDir() // outside: its removal must come after everything in the bubble
 	synctest.Test(t, func(t *testing.T) {
-		r := &rig{T: t, network: registrytest.NewNetwork(), quay: registrytest.New(registrytest.Config{}), dir: dir}
+		r := &rig{T: t, network: registrytest.NewNetwork(), quay: registrytest.New(registrytest.Config{}), dir: dir, disk: disk}
 		t.Cleanup(func() { _ = r.network.Close() })
 		r.quay.Serve(t, r.network, "quay.test:80")
 		r.start(yaml)
@@ -77,7 +86,7 @@ func bubble(t *testing.T, yaml string, f func(*rig)) {
 func (r *rig) config(yaml string) *config.Config {
 	r.Helper()
 	file, password := filepath.Join(r.dir, "config.yaml"), filepath.Join(r.dir, "password")
-	for name, text := range map[string]string{file: strings.ReplaceAll(yaml, "PASSWORD", password), password: "secret\n"} {
+	for name, text := range map[string]string{file: strings.ReplaceAll(yaml, "PASSWORD", password), password: registrytest.Canary + "\n"} {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			r.Fatal(err)
 		}
@@ -93,12 +102,14 @@ func (r *rig) config(yaml string) *config.Config {
 func (r *rig) start(yaml string) {
 	r.Helper()
 	var err error
-	if r.store, err = storage.Open(storage.Config{Dir: filepath.Join(r.dir, "data"), Capacity: capacity}); err != nil {
+	disk := r.disk
+	disk.Dir, disk.Capacity = filepath.Join(r.dir, "data"), capacity
+	if r.store, err = storage.Open(disk); err != nil {
 		r.Fatal(err)
 	}
-	logged := io.Discard
+	logged := registrytest.Watch(r)
 	if testing.Verbose() {
-		logged = r.Output()
+		logged = io.MultiWriter(logged, r.Output())
 	}
 	r.mirror, err = New(Config{
 		Config: r.config(yaml),
@@ -108,7 +119,7 @@ func (r *rig) start(yaml string) {
 			Dial:   r.network.DialContext,
 			TLS:    &tls.Config{RootCAs: r.network.CA.Pool()},
 		},
-		Logger: slog.New(slog.NewTextHandler(logged, nil)),
+		Logger: slog.New(slog.NewTextHandler(logged, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
 		r.Fatal(err)
@@ -125,6 +136,11 @@ func (r *rig) stop() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_ = r.server.Close()
+	for _, path := range []string{"/metrics", "/readyz"} {
+		w := httptest.NewRecorder()
+		r.mirror.Admin().ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+		r.tells(path, w.Result().Header, w.Body.Bytes())
+	}
 	r.mirror.Close(ctx)
 	if err := r.store.Close(); err != nil {
 		r.Error(err)
@@ -182,7 +198,16 @@ func (r *rig) do(method, path string, header ...string) answer {
 	took := time.Since(started)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
+	r.tells(path, resp.Header, body)
 	return answer{resp, body, err, took}
+}
+
+// tells fails the test if a secret is among what is told to others.
+func (r *rig) tells(path string, header http.Header, body []byte) {
+	r.Helper()
+	if leak := registrytest.Leak(fmt.Sprint(header) + string(body)); leak != "" {
+		r.Errorf("%s tells a secret: %s", path, leak)
+	}
 }
 
 func (r *rig) get(path string, header ...string) answer {
@@ -219,6 +244,7 @@ func (r *rig) raw(method, path string) (head, body string, end error) {
 		r.Fatal(err)
 	}
 	raw, end := io.ReadAll(conn)
+	r.tells(path, nil, raw)
 	head, body, _ = strings.Cut(string(raw), "\r\n\r\n")
 	return head, body, end
 }

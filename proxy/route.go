@@ -110,7 +110,7 @@ func (t *target) repository(cfg *config.Config, host, name string) (oci.Reposito
 	}
 	if named { // BuildKit says it twice, as ns and as prefix
 		name = strings.TrimPrefix(name, registry+"/")
-	} else if first, rest, _ := strings.Cut(name, "/"); looksLikeRegistry(cfg, first) {
+	} else if first, rest, _ := strings.Cut(name, "/"); cfg.NamesRegistry(first) {
 		registry, name = first, rest
 	} else {
 		registry, t.bare = cfg.DefaultRegistry, true
@@ -126,12 +126,6 @@ func (t *target) repository(cfg *config.Config, host, name string) (oci.Reposito
 			Message: "registry " + registry + " is not configured in this mirror"}
 	}
 	return repo, nil
-}
-
-// looksLikeRegistry tells quay.io/org from a Hub user: a dot, a colon, localhost, or configured.
-func looksLikeRegistry(cfg *config.Config, first string) bool {
-	_, configured := cfg.Registries[first]
-	return configured || first == "localhost" || strings.ContainsAny(first, ".:")
 }
 
 func notHere(format string, args ...any) *oci.Error {

@@ -179,6 +179,11 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	if answer.manifest, err = m.confirmed(client, named); err == nil {
 		return answer, nil
 	}
+	if manifest, ok := m.unstored.get(named); ok { // upstream has just named it
+		answer.manifest, answer.fetched = manifest, true
+		answer.durable = m.keepManifest(client, ref.Repository, manifest)
+		return answer, nil
+	}
 	if answer.manifest, err = client.Manifest(ctx, named); err != nil {
 		if e := new(upstream.Error); errors.As(err, &e) && e.Kind == upstream.NotFound {
 			// It has just named the manifest: that it lacks it is trouble, not a word on the tag.
@@ -213,6 +218,6 @@ func (m *Mirror) keepTag(ref oci.Reference, current storage.Validated) {
 	}
 	tag.Current = current
 	if err := m.store.PutTag(ref.Repository, ref.Tag, tag); err != nil {
-		m.logger.Error("tag record not stored", "repository", ref.Repository, "reference", ref.Tag, "err", err)
+		m.logNotStored("tag record not stored", err, "repository", ref.Repository, "reference", ref.Tag)
 	}
 }

@@ -29,15 +29,24 @@ const (
 // errSlow ends the patience with a source that drips.
 var errSlow = &upstream.Error{Reason: "body too slow"}
 
-// transfer moves a blob from its sources into the store: one body after the other, each from where
-// the last one broke off, until it is whole. Readers never see a seam.
+// transfer is a blob on its way from its sources: one body after the other, each from where the last
+// one broke off, until it is whole. Whoever reads it never sees a seam.
 type transfer struct {
 	*fill
-	ingest *storage.Ingest
-	size   int64 // -1 if nobody could tell
+	ingest *storage.Ingest // where it goes; nil if it is passed through
+	size   int64           // -1 if nobody could tell
+	at     int64           // how far it has been read
 	src    *source
 	body   *upstream.Body
-	mixed  bool // bytes of more than one source are in it
+	mixed  bool  // bytes of more than one source are in it
+	broke  error // why the body broke off, behind what it has brought
+
+	breaks int   // since breakProgress was last made …
+	mark   int64 // … up to here
+	// What the present body has brought since the last look at its speed, and how long it was waited for.
+	// Whoever reads slowly does not make it slow.
+	brought int64
+	waited  time.Duration
 }
 
 // transfer brings the blob, beginning with the body that src has opened.
@@ -49,67 +58,126 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 		return err
 	}
 	if t.ingest, err = m.store.Ingest(src.ref.Repository, f.dgst, t.size); err != nil {
-		return err
+		return storeFailed(err)
 	}
 	defer func() { t.ingest.Abort(errPanicked) }() // does nothing once it has ended
-	if t.ingest.Written() > 0 {                    // parked by an earlier fill
-		if t.ingest.Written() == t.size || m.resume(ctx, t, t.order()) {
+	if t.at = t.ingest.Written(); t.at > 0 {       // parked by an earlier fill
+		if t.at == t.size || m.resume(ctx, t, t.order()) {
 			t.mixed = true
 		} else { // begin anew, with the body that is open
 			t.ingest.Abort(errPanicked)
 			if t.ingest, err = m.store.Ingest(src.ref.Repository, f.dgst, t.size); err != nil {
-				return err
+				return storeFailed(err)
 			}
+			t.at = 0
 		}
 	}
-	if t.ingest.Written() != t.size {
+	if t.at != t.size {
 		err = m.bring(ctx, t)
 	}
 	if err == nil {
-		err = t.ingest.Verify()
+		err = storeFailed(t.ingest.Verify())
 	}
 	if err != nil {
 		t.ingest.Park(err) // the next request goes on from there, unless what came is wrong
-		if errors.Is(err, storage.ErrMismatch) {
-			if !t.mixed { // else nobody knows who lied
-				t.src.client.Mismatch(t.src.ref)
-			}
-			err = t.src.lied(err)
-		}
-		return err
+		return t.judge(err)
 	}
 	f.publish(t.ingest)
 	if err := t.ingest.Commit(m.confirmation(t.src.client, src.ref.Repository)); err != nil {
-		m.logger.Error("blob not stored", "digest", f.dgst, "err", err) // its readers have all of it
+		m.logNotStored("blob not stored", err, "digest", f.dgst) // its readers have all of it
 	}
 	return nil
 }
 
-// bring copies until the end of the last body.
+// judge holds wrong content against its source, unless several have a part in it: nobody knows then who
+// lied.
+func (t *transfer) judge(err error) error {
+	if !errors.Is(err, storage.ErrMismatch) {
+		return err
+	}
+	if !t.mixed {
+		t.src.client.Mismatch(t.src.ref)
+	}
+	return t.src.lied(err)
+}
+
+// bring copies all of it into the ingest, and lets readers in at the first byte that they may have.
 func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 	buf := make([]byte, transferBuffer)
-	for breaks, mark := 0, int64(0); ; {
-		err := t.copy(buf)
-		if err == nil || !errors.As(err, new(*upstream.Error)) || t.size < 0 {
-			return err // whole; or our own trouble; or nobody could tell where its end is
+	for {
+		n, err := m.read(ctx, t, buf)
+		if n > 0 {
+			if _, err := t.ingest.Write(buf[:n]); err != nil {
+				return storeFailed(err)
+			}
+			if t.ingest.Released() > 0 {
+				t.publish(t.ingest)
+			}
 		}
-		if t.ingest.Written()-mark >= breakProgress {
-			breaks, mark = 0, t.ingest.Written()
+		if errors.Is(err, io.EOF) {
+			return nil
 		}
-		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.client.Upstream(), "size", t.ingest.Written(), "err", err)
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// read reads on, and goes on at another source or the same one when a body breaks off. It returns
+// io.EOF at the end of the whole, and an *upstream.Error once no source has the rest.
+func (m *Mirror) read(ctx context.Context, t *transfer, p []byte) (int, error) {
+	for {
+		n, err := t.read(p)
+		if err == nil || errors.Is(err, io.EOF) || t.size < 0 { // nobody can tell where the rest of unknown size ends
+			return n, err
+		}
+		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.client.Upstream(), "size", t.at, "err", err)
 		if errors.Is(err, errSlow) {
+			t.broke = nil
 			if others := t.others(); len(others) > 0 { // the last may have failed a moment ago
 				m.resume(ctx, t, others) // who drips goes on if nobody else does
 			}
 			continue
 		}
-		for resumed := false; !resumed; breaks++ {
-			if breaks == maxBreaks || !pause(ctx, breaks) {
-				return err
+		if t.at-t.mark >= breakProgress {
+			t.breaks, t.mark = 0, t.at
+		}
+		for resumed := false; !resumed; t.breaks++ {
+			if t.breaks == maxBreaks || !pause(ctx, t.breaks) {
+				return 0, err
 			}
 			resumed = m.resume(ctx, t, t.order())
 		}
 	}
+}
+
+// read reads from the present body: some bytes, or why there are none.
+func (t *transfer) read(p []byte) (int, error) {
+	if t.broke != nil {
+		return 0, t.broke
+	}
+	began := time.Now()
+	n, err := t.body.Read(p)
+	t.waited += time.Since(began)
+	t.at, t.brought = t.at+int64(n), t.brought+int64(n)
+	if errors.Is(err, io.EOF) && (t.size < 0 || t.at == t.size) {
+		return n, io.EOF
+	}
+	if errors.Is(err, io.EOF) && t.at < t.size { // it had no length of its own to be held to
+		err = &upstream.Error{Upstream: t.src.client.Upstream(), Class: "blob", Reason: "body ended early"}
+	}
+	if err != nil {
+		t.broke = err
+	} else if t.waited >= slowTime {
+		if t.brought < slowBytes && len(t.others()) > 0 {
+			t.broke = errSlow
+		}
+		t.brought, t.waited = 0, 0
+	}
+	if n > 0 {
+		return n, nil // first things first
+	}
+	return 0, t.broke
 }
 
 // pause waits before the next try to go on; false if there is none, since ctx has ended.
@@ -127,7 +195,7 @@ func pause(ctx context.Context, breaks int) bool {
 
 // resume opens the rest of the blob at one of these sources. Nothing has changed if none has it.
 func (m *Mirror) resume(ctx context.Context, t *transfer, sources []*source) bool {
-	at, size := t.ingest.Written(), t.size // those who lose still ask when it is written on
+	at, size := t.at, t.size // those who lose still ask when it has gone on
 	body, src, err := m.openBody(upstream.Again(ctx), sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
 		body, err := src.open(ctx, at)
 		if err == nil && body.Size >= 0 && body.Size != size {
@@ -141,6 +209,7 @@ func (m *Mirror) resume(ctx context.Context, t *transfer, sources []*source) boo
 	}
 	t.body.Close()
 	t.body, t.src, t.mixed = body, src, t.mixed || src != t.src && at > 0
+	t.broke, t.brought, t.waited = nil, 0, 0
 	m.metrics.resumes.Inc()
 	return true
 }
@@ -151,38 +220,6 @@ func (t *transfer) order() []*source {
 	defer t.mu.Unlock()
 	at := slices.Index(t.sources, t.src)
 	return slices.Concat(t.sources[at+1:], t.sources[:at+1])
-}
-
-// copy moves what the body has into the ingest, and lets readers in at the first byte that they may
-// have. An *upstream.Error is the body's, any other the ingest's.
-func (t *transfer) copy(buf []byte) error {
-	for began, brought := time.Now(), 0; ; {
-		n, err := t.body.Read(buf)
-		if n > 0 {
-			if _, err := t.ingest.Write(buf[:n]); err != nil {
-				return err
-			}
-			if t.ingest.Released() > 0 {
-				t.publish(t.ingest)
-			}
-		}
-		if errors.Is(err, io.EOF) && (t.size < 0 || t.ingest.Written() == t.size) {
-			return nil
-		}
-		if errors.Is(err, io.EOF) { // it had no length of its own to be held to
-			return &upstream.Error{Upstream: t.src.client.Upstream(), Class: "blob", Reason: "body ended early"}
-		}
-		if err != nil {
-			return err
-		}
-		brought += n
-		if time.Since(began) >= slowTime {
-			if brought < slowBytes && len(t.others()) > 0 {
-				return errSlow
-			}
-			began, brought = time.Now(), 0
-		}
-	}
 }
 
 // others are the sources besides the present one that may have the blob.

@@ -28,11 +28,15 @@ type Blob struct {
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
-// What does not have the size that it was stored with is quarantined, and absent. What has not been
-// verified since an unclean stop, or was written to by somebody else, is hashed ahead of its readers: they
-// wait for it as for a download, and may find it wrong as they may that, or absent if it is short.
+// What does not have the size that it was stored with, or cannot be read, is quarantined, and absent. What
+// has not been verified since an unclean stop, or was written to by somebody else, is hashed ahead of its
+// readers: they wait for it as for a download, and may find it wrong as they may that, or absent if it is
+// short.
 func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 	b, err := d.openBlob(repo, dgst)
+	if err == nil {
+		err = d.probe(b, dgst)
+	}
 	if err == nil {
 		if err = d.vet(b, dgst); err != nil {
 			_ = b.Close()
@@ -45,11 +49,14 @@ func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 }
 
 func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
+	if _, lost := d.lost.Load(dgst); lost {
+		return nil, fmt.Errorf("%s cannot be read: %w", dgst, fs.ErrNotExist)
+	}
 	in := d.blobs[dgst.Algorithm()]
 	file, info, err := d.openFile(in, dgst.Encoded())
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			d.index.Gone(dgst) // somebody has removed it
+			d.noteGone(dgst)
 		}
 		return nil, err
 	}
@@ -67,13 +74,64 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	return &Blob{volume: d.volume, file: file, size: info.Size(), info: info, close: func() { d.index.Close(dgst, readers) }}, nil
 }
 
+// noteGone tells the index that somebody has removed a file behind our back, if it was not stored again
+// since.
+func (d *Disk) noteGone(dgst digest.Digest) {
+	if !d.index.Is(dgst) {
+		return
+	}
+	name := d.blobName(dgst)
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	if _, err := d.root.lstat(name); errors.Is(err, fs.ErrNotExist) {
+		d.index.Gone(dgst)
+	}
+}
+
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
-	_ = d.quarantine(d.blobs[dgst.Algorithm()], dgst.Encoded(), reason)
-	d.index.Gone(dgst)
+	mu := d.writers.of(d.blobName(dgst))
+	mu.Lock()
+	defer mu.Unlock()
+	d.quarantineLocked(dgst, reason)
+}
+
+// quarantineLocked is Quarantine for who holds the stripe.
+func (d *Disk) quarantineLocked(dgst digest.Digest, reason error) {
+	in := d.blobs[dgst.Algorithm()]
+	_ = d.misread(d.quarantine(in, dgst.Encoded(), reason))
+	if _, err := in.lstat(dgst.Encoded()); errors.Is(err, fs.ErrNotExist) {
+		d.index.Gone(dgst)
+	} else {
+		d.lost.Store(dgst, nil) // until it is stored anew
+	}
 	d.manifests.remove(dgst)
 	d.noteDamage(dgst)
+}
+
+// probe reads a byte: a disk that has died is found out while the answer can still come from elsewhere.
+func (d *Disk) probe(b *Blob, dgst digest.Digest) error {
+	if b.size == 0 {
+		return nil
+	}
+	err := d.inTurn(func() error {
+		if err := d.may(callRead, b.file.Name()); err != nil {
+			return err
+		}
+		_, err := b.file.ReadAt(make([]byte, 1), 0)
+		return err
+	})
+	if err == nil {
+		return nil
+	}
+	_ = b.Close()
+	if errors.Is(err, ErrBusy) {
+		return err
+	}
+	d.Quarantine(dgst, err)
+	return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
 }
 
 // Size is the length in bytes, or -1 while it is not known.

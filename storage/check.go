@@ -234,10 +234,19 @@ func (d *Disk) condemn(dgst digest.Digest, info fs.FileInfo, reason error) error
 	mu.Lock()
 	defer mu.Unlock()
 	if now, err := d.root.lstat(name); err == nil && os.SameFile(info, now) {
-		d.Quarantine(dgst, reason)
+		d.quarantineLocked(dgst, reason)
 	}
-	return fmt.Errorf("%s %w: %w", name, reason, fs.ErrNotExist)
+	return &condemned{name, reason}
 }
+
+// condemned is the error of a file that was found wrong. It is fs.ErrNotExist.
+type condemned struct {
+	name   string
+	reason error
+}
+
+func (c *condemned) Error() string   { return c.name + " " + c.reason.Error() }
+func (c *condemned) Unwrap() []error { return []error{c.reason, fs.ErrNotExist} }
 
 // recheck has a blob hashed behind, when there is time.
 func (d *Disk) recheck(dgst digest.Digest) {

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -58,6 +59,11 @@ func (d *Disk) killed(t testing.TB) {
 func later() {
 	for begun := time.Now(); time.Since(begun) < 2*verifiedUnit; time.Sleep(verifiedUnit) {
 	}
+}
+
+// hashing reports whether a read of that name is a verification's of this file: others are the readers' own.
+func hashing(file, name string) bool {
+	return strings.HasSuffix(name, file) && bytes.Contains(debug.Stack(), []byte("(*Disk).hash("))
 }
 
 // quarantined is how many files are.
@@ -186,8 +192,8 @@ func TestDoubtThatCannotBeNoted(t *testing.T) {
 	store(t, d, app, raw, anonymous)
 	d.killed(t)
 	later()
-	d, err := Open(Config{Dir: dir, before: func(c call, _ string) error {
-		if c == callRename {
+	d, err := Open(Config{Dir: dir, Fault: func(c, _ string) error {
+		if c == string(callRename) {
 			return syscall.EIO
 		}
 		return nil
@@ -195,7 +201,7 @@ func TestDoubtThatCannotBeNoted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.before.Store(nil)
+	d.fault.Store(nil)
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -241,7 +247,7 @@ func TestFirstReadersShareOneHashing(t *testing.T) {
 			d = open(t, dir)
 			step := make(chan struct{})
 			d.on(callRead, func(name string) error {
-				if strings.HasSuffix(name, d.blobName(dgst)) {
+				if hashing(d.blobName(dgst), name) {
 					<-step
 				}
 				return nil
@@ -314,7 +320,7 @@ func TestRangeWaitsForTheFirstHashing(t *testing.T) {
 		d = open(t, dir)
 		allowed := make(chan struct{}, 10)
 		d.on(callRead, func(name string) error {
-			if strings.HasSuffix(name, d.blobName(dgst)) {
+			if hashing(d.blobName(dgst), name) {
 				<-allowed
 			}
 			return nil
@@ -391,7 +397,7 @@ func TestCloseEndsAFirstHashing(t *testing.T) {
 func (d *Disk) gateOn(dgst digest.Digest) (open func()) {
 	gate := make(chan struct{})
 	d.on(callRead, func(name string) error {
-		if strings.HasSuffix(name, d.blobName(dgst)) {
+		if hashing(d.blobName(dgst), name) {
 			<-gate
 		}
 		return nil
@@ -410,7 +416,7 @@ func TestF53FirstReadOfWhatCannotBeRead(t *testing.T) {
 	d = open(t, dir)
 	reads := 0
 	d.on(callRead, func(name string) error {
-		if strings.HasSuffix(name, d.blobName(dgst)) {
+		if hashing(d.blobName(dgst), name) {
 			if reads++; reads == 2 {
 				return syscall.EIO
 			}
@@ -628,14 +634,14 @@ func TestCallsOfAHit(t *testing.T) {
 	raw, _ := content(1000)
 	store(t, d, app, raw, anonymous)
 	calls := map[call]int{}
-	before := func(c call, _ string) error {
-		calls[c]++
+	before := func(c, _ string) error {
+		calls[call(c)]++
 		return nil
 	}
-	d.before.Store(&before)
+	d.fault.Store(&before)
 	wantBlob(t, d, app, raw)
-	d.before.Store(nil)
-	if want := (map[call]int{callOpen: 2, callStat: 2, callRead: 4}); !maps.Equal(calls, want) {
+	d.fault.Store(nil)
+	if want := (map[call]int{callOpen: 2, callStat: 2, callRead: 5}); !maps.Equal(calls, want) {
 		t.Errorf("%v, want %v", calls, want)
 	}
 }
@@ -694,7 +700,7 @@ func TestVerify(t *testing.T) {
 				t.Errorf("%+v, last %+v", report, last)
 			}
 			for _, w := range report.Wrong {
-				if want, ok := wrong[w.Digest]; !ok || w.Reason == "" || len(w.Images) != 1 || w.Images[0].String() != want {
+				if want, ok := wrong[w.Digest]; !ok || w.Reason == "" || len(w.Images) != 1 || w.Images[0] != want {
 					t.Errorf("%+v, want %q", w, want)
 				}
 				if d.holds(w.Digest) {
@@ -725,7 +731,7 @@ func TestVerify(t *testing.T) {
 			_ = p
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
-			if report, err := d.Verify(ctx, nil); !errors.Is(err, context.Canceled) || report.Files > 0 {
+			if report, err := d.Verify(ctx, func(Progress) {}); !errors.Is(err, context.Canceled) || report.Files > 0 {
 				t.Errorf("%+v, %v", report, err)
 			}
 		})

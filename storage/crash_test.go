@@ -30,7 +30,16 @@ const crashDir = "BREAKWATER_TEST_CRASH_DIR"
 // writeUntilKilled prints a line, "blob DIGEST" or "tag NAME DIGEST", for whatever it was told is
 // stored, and "parked SEED BYTES" for what was parked of seeded content.
 func writeUntilKilled(dir string) {
-	d, err := Open(Config{Dir: dir, Capacity: 1 << 30})
+	cfg := Config{Dir: dir, Capacity: 1 << 30}
+	if os.Getenv(noSync) != "" {
+		cfg.Fault = func(call, _ string) error {
+			if call == string(callSync) {
+				return errNoSync
+			}
+			return nil
+		}
+	}
+	d, err := Open(cfg)
 	if err != nil {
 		panic(err)
 	}
@@ -99,23 +108,75 @@ func seeded(seed uint64) []byte {
 	return raw
 }
 
+// acknowledged is what a writer has reported.
+type acknowledged struct {
+	blobs  map[digest.Digest]bool
+	tags   map[string][]digest.Digest // what each named, in order
+	parked map[string]string
+}
+
+func newAcknowledged() *acknowledged {
+	return &acknowledged{map[digest.Digest]bool{}, map[string][]digest.Digest{}, map[string]string{}}
+}
+
+func (a *acknowledged) note(words []string) {
+	switch words[0] {
+	case "blob":
+		a.blobs[digest.Digest(words[1])] = true
+	case "tag":
+		a.tags[words[1]] = append(a.tags[words[1]], digest.Digest(words[2]))
+	case "parked":
+		a.parked[words[1]] = words[2]
+	}
+}
+
+// check fails the test unless all of it is in the store, and nothing in there is wrong.
+func (a *acknowledged) check(t *testing.T, d *Disk) {
+	t.Helper()
+	for dgst := range a.blobs {
+		b, err := d.Blob(app, dgst)
+		if err != nil {
+			t.Fatalf("reported stored: %v", err)
+		}
+		_ = b.Close()
+	}
+	for tag, said := range a.tags {
+		record, err := d.Tag(app, tag)
+		if err != nil {
+			t.Fatalf("reported stored: %v", err)
+		}
+		// One change may be on the disk that was not reported yet; none that was may be undone.
+		if now, last := record.Current.Digest, said[len(said)-1]; now != last {
+			for _, earlier := range said {
+				if now == earlier {
+					t.Fatalf("tag %s has turned back", tag)
+				}
+			}
+		}
+		if _, err := d.Manifest(app, record.Current.Digest); err != nil {
+			t.Fatalf("tag %s: %v", tag, err)
+		}
+	}
+	names, err := fs.Glob(d.root.root.FS(), "blobs/sha256/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		raw, err := d.root.root.ReadFile(name)
+		if err != nil || digest.FromBytes(raw).Encoded() != filepath.Base(name) {
+			t.Fatalf("%s holds %s, %v", name, digest.FromBytes(raw), err)
+		}
+	}
+}
+
 func TestF45KilledInTheMiddle(t *testing.T) {
 	dir := t.TempDir()
-	blobs, tags, resumed := map[digest.Digest]bool{}, map[string][]digest.Digest{}, 0
+	said, resumed := newAcknowledged(), 0
 	for range 20 {
-		parked := map[string]string{}
-		writeAndKill(t, dir, 20+rand.IntN(60), func(words []string) {
-			switch words[0] {
-			case "blob":
-				blobs[digest.Digest(words[1])] = true
-			case "tag":
-				tags[words[1]] = append(tags[words[1]], digest.Digest(words[2]))
-			case "parked":
-				parked[words[1]] = words[2]
-			}
-		})
+		clear(said.parked)
+		writeAndKill(t, dir, 20+rand.IntN(60), said.note)
 		d := open(t, dir)
-		for word, written := range parked {
+		for word, written := range said.parked {
 			seed, err := strconv.ParseUint(word, 10, 64)
 			if err != nil {
 				t.Fatal(err)
@@ -127,46 +188,13 @@ func TestF45KilledInTheMiddle(t *testing.T) {
 			wantResumed(t, d, seeded(seed), from)
 			resumed++
 		}
-		for dgst := range blobs {
-			b, err := d.Blob(app, dgst)
-			if err != nil {
-				t.Fatalf("reported stored: %v", err)
-			}
-			_ = b.Close()
-		}
-		for tag, said := range tags {
-			record, err := d.Tag(app, tag)
-			if err != nil {
-				t.Fatalf("reported stored: %v", err)
-			}
-			// One change may be on the disk that was not reported yet; none that was may be undone.
-			if now, last := record.Current.Digest, said[len(said)-1]; now != last {
-				for _, earlier := range said {
-					if now == earlier {
-						t.Fatalf("tag %s has turned back", tag)
-					}
-				}
-			}
-			if _, err := d.Manifest(app, record.Current.Digest); err != nil {
-				t.Fatalf("tag %s: %v", tag, err)
-			}
-		}
-		names, err := fs.Glob(d.root.root.FS(), "blobs/sha256/*")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, name := range names {
-			raw, err := d.root.root.ReadFile(name)
-			if err != nil || digest.FromBytes(raw).Encoded() != filepath.Base(name) {
-				t.Fatalf("%s holds %s, %v", name, digest.FromBytes(raw), err)
-			}
-		}
+		said.check(t, d)
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if len(blobs) < 100 || resumed < 10 {
-		t.Errorf("only %d blobs were stored, %d resumed", len(blobs), resumed)
+	if len(said.blobs) < 100 || resumed < 10 {
+		t.Errorf("only %d blobs were stored, %d resumed", len(said.blobs), resumed)
 	}
 }
 

@@ -38,6 +38,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,6 +53,9 @@ import (
 // layoutVersion is what VERSION holds. It grows when an older Breakwater could misread the folder.
 const layoutVersion = 1
 
+// panicPause is how long nothing happens behind the requests after a panic there.
+const panicPause = 10 * time.Second
+
 // flushEvery is how often what is only kept in memory goes to the disk: ages that look a little
 // older after a crash are all that can be lost.
 const flushEvery = 5 * time.Second
@@ -64,7 +68,10 @@ type Config struct {
 	Scrub    int64        // bytes a second of the store that are verified for as long as it is open; 0 is none
 	Logger   *slog.Logger // nil discards
 
-	before func(c call, name string) error // of the volume
+	// Fault is for tests, nil otherwise: it is called ahead of each call of the file system (open, create,
+	// read, write, sync …) with the path that it concerns, and makes it fail by returning an error. A write
+	// that fails with io.ErrShortWrite lets half through.
+	Fault func(call, name string) error
 }
 
 // Disk is the store in one data folder. All of its methods may be called at the same time.
@@ -88,6 +95,10 @@ type Disk struct {
 	evicting sync.Mutex    // one at a time; taken before all others
 	evicted  atomic.Int64  // images
 	pressed  chan struct{} // wakes the eviction
+
+	health  health
+	reading chan struct{} // who waits for the disk to open or read something small
+	lost    sync.Map      // digests that could not be moved to quarantine, and are absent
 
 	manifests *manifestCache
 	tags      *tagCache
@@ -118,14 +129,15 @@ func Open(cfg Config) (*Disk, error) {
 		volume:   new(volume),
 		writers:  stripes{seed: maphash.MakeSeed()},
 		parked:   map[string]*parkedHash{},
+		reading:  make(chan struct{}, maxReading),
 		space:    map[string]int64{},
 		checks: checks{
 			first: map[digest.Digest]*check{}, right: map[digest.Digest]fs.FileInfo{},
 			due: map[digest.Digest]bool{}, damaged: map[digest.Digest]bool{}, wake: make(chan struct{}, 1),
 		},
 	}
-	if cfg.before != nil {
-		d.before.Store(&cfg.before)
+	if cfg.Fault != nil {
+		d.fault.Store(&cfg.Fault)
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -138,20 +150,43 @@ func Open(cfg Config) (*Disk, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	d.stop = stop
-	d.work.Go(func() {
+	d.behind(ctx, func() {
 		d.sweep(ctx)
 		d.rehash(ctx)
 	})
-	d.work.Go(func() {
+	d.behind(ctx, func() {
 		d.build(ctx)
 		d.evictLoop(ctx)
 	})
-	d.work.Go(func() { d.flushLoop(ctx) })
-	d.work.Go(func() { d.recheckLoop(ctx) })
+	d.behind(ctx, func() { d.flushLoop(ctx) })
+	d.behind(ctx, func() { d.recheckLoop(ctx) })
 	if cfg.Scrub > 0 {
-		d.work.Go(func() { d.scrubLoop(ctx, cfg.Scrub) })
+		d.behind(ctx, func() { d.scrubLoop(ctx, cfg.Scrub) })
 	}
 	return d, nil
+}
+
+// behind runs what goes on behind the requests. A panic there must not end them: it is logged, and begun
+// again after a while.
+func (d *Disk) behind(ctx context.Context, do func()) {
+	attempt := func() (done bool) {
+		defer func() {
+			if recovered := recover(); recovered != nil {
+				d.log.Error("panic behind the requests", "err", recovered, "stack", string(debug.Stack()))
+			}
+		}()
+		do()
+		return true
+	}
+	d.work.Go(func() {
+		for !attempt() {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(panicPause):
+			}
+		}
+	})
 }
 
 // open does all of Open that can fail.

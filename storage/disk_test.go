@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"flag"
 	"io"
 	"io/fs"
 	"os"
@@ -31,6 +32,7 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashDir); dir != "" {
 		writeUntilKilled(dir)
 	}
+	_ = flag.Set("rapid.checks", "12") // each syncs hundreds of times; -rapid.checks=300 was run too
 	goleak.VerifyTestMain(m)
 }
 
@@ -50,13 +52,13 @@ func open(t testing.TB, dir string) *Disk {
 
 // on has f called ahead of each such call, to make it fail.
 func (d *Disk) on(c call, f func(name string) error) {
-	before := func(made call, name string) error {
-		if made != c {
+	fault := func(made, name string) error {
+		if made != string(c) {
 			return nil
 		}
 		return f(name)
 	}
-	d.before.Store(&before)
+	d.fault.Store(&fault)
 }
 
 func content(size int) ([]byte, digest.Digest) {

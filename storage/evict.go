@@ -36,7 +36,9 @@ func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 // Usage tells what the store holds.
 func (d *Disk) Usage() Usage {
 	u := d.index.Usage()
-	u.Evicted, u.Verified, u.Wrong = d.evicted.Load(), d.checks.verified.Load(), d.checks.wrong.Load()
+	u.Evicted, u.Capacity = d.evicted.Load(), d.capacity
+	u.Verified, u.Wrong = d.checks.verified.Load(), d.checks.wrong.Load()
+	u.Exports, u.ExportTime, u.ExportPause = d.exporter.count.Load(), time.Duration(d.exporter.took.Load()), time.Duration(d.exporter.pause.Load())
 	return u
 }
 
@@ -337,7 +339,11 @@ func (d *Disk) makeRoom(n int64) error {
 		hard = d.capacity
 	}
 	for !d.index.Reserve(n, hard) {
-		if !d.dropOldest() && d.evict(d.index.Over(hard)+n, "capacity") == 0 {
+		if d.dropOldest() {
+			continue
+		}
+		over := d.index.Over(hard) + n
+		if over > d.index.Usage().Bytes || d.evict(over, "capacity") == 0 { // nothing goes in vain
 			return syscall.ENOSPC
 		}
 	}
@@ -348,6 +354,20 @@ func (d *Disk) makeRoom(n int64) error {
 		}
 	}
 	return nil
+}
+
+// lacks is how many bytes the disk lacks to take n more; 0 if it has them, or if all images together would
+// not make up for it.
+func (d *Disk) lacks(n int64) int64 {
+	var disk unix.Statfs_t
+	if unix.Fstatfs(int(d.lockFile.Fd()), &disk) != nil {
+		return 0
+	}
+	lacks := max(n-int64(disk.Bavail)*disk.Bsize, 0)
+	if lacks > d.index.Usage().Bytes {
+		return 0
+	}
+	return lacks
 }
 
 // underFloor is how many bytes the disk lacks to its floor, of space or of inodes, each of which counts as
@@ -391,7 +411,7 @@ func (d *Disk) evictLoop(ctx context.Context) {
 // image by its digest, with the tags that name it. It returns how many bytes that was, and fs.ErrNotExist
 // if nothing of the kind is stored.
 func (d *Disk) Remove(ref oci.Reference) (int64, error) {
-	if !d.index.Usage().Built {
+	if !d.index.Built() {
 		return 0, errors.New("the store is still being looked through: try again in a minute")
 	}
 	d.evicting.Lock()
@@ -406,6 +426,8 @@ func (d *Disk) Remove(ref oci.Reference) (int64, error) {
 			return 0, d.removeTag(tagKey{ref.Repository, ref.Tag})
 		}
 		dgst = t.Current.Digest
+	} else if _, err := d.manifest(manifestKey{ref.Repository, dgst}); err != nil {
+		return 0, err // not what this repository calls so
 	}
 	v, ok := d.index.Take(dgst)
 	if !ok {

@@ -413,6 +413,9 @@ func TestRemoveByHand(t *testing.T) {
 		t.Errorf("%v, want absent", err)
 	}
 	p = layers(t, d, app, "latest", raw)
+	if _, err := d.Remove(oci.Reference{Repository: app, Digest: digest.FromString("x")}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v, want absent", err)
+	}
 	if n, err := d.Remove(oci.Reference{Repository: app, Digest: p.m.Digest}); err != nil || n < 10_000 || p.there(t, d) {
 		t.Errorf("%d bytes, %v", n, err)
 	}

@@ -19,6 +19,8 @@ import (
 type exporter struct {
 	changed atomic.Bool // a tag names something else than index.json says
 	next    time.Time   // not before; only for the flush loop
+
+	count, took, pause atomic.Int64 // for Usage
 }
 
 // exportIfDue writes index.json within a second of a change, but for no more than a hundredth of the
@@ -32,7 +34,12 @@ func (d *Disk) exportIfDue(now time.Time) {
 		d.log.Warn("cannot write index.json", "err", err)
 		pause = time.Minute
 	}
-	d.exporter.next = time.Now().Add(max(pause, 100*time.Since(begun)))
+	took := time.Since(begun)
+	pause = max(pause, 100*took)
+	d.exporter.next = time.Now().Add(pause)
+	d.exporter.count.Add(1)
+	d.exporter.took.Add(int64(took))
+	d.exporter.pause.Store(int64(pause))
 }
 
 // export writes index.json: every tag, under the name that people type.

@@ -34,6 +34,10 @@ var errForeign = errors.New("is not a regular file with one name")
 
 // openFile opens what must be a file of ours. Anything else is quarantined, and fs.ErrNotExist.
 func (d *Disk) openFile(in folder, name string) (*os.File, fs.FileInfo, error) {
+	if err := d.enter(); err != nil {
+		return nil, nil, err
+	}
+	defer d.leave()
 	file, err := in.open(name)
 	if err != nil {
 		if found, lerr := in.lstat(name); lerr == nil && !found.Mode().IsRegular() {
@@ -103,7 +107,7 @@ func (d *Disk) create() (*os.File, string, error) {
 
 // put writes a file so that after a crash there is all of it or what was there before.
 func (d *Disk) put(name string, raw []byte) error {
-	return d.withRoom(func() error { return d.tryPut(name, raw) })
+	return d.wrote("record", int64(len(raw)), d.withRoom(func() error { return d.tryPut(name, raw) }))
 }
 
 func (d *Disk) tryPut(name string, raw []byte) error {

@@ -418,27 +418,44 @@ type Usage struct {
 	Contents int   // blobs and manifests
 	Bytes    int64 // allocated on the disk
 	Reserved int64 // for what is on its way, or parked
+	Capacity int64 // what it may take; math.MaxInt64 is no bound
 	Evicted  int64 // images, since the start
 	Verified int64 // bytes that were hashed to see whether the disk still has them, since the start
 	Wrong    int64 // files that were quarantined, since the start
-	Built    bool  // false soon after a start: the figures are not whole yet
+	// index.json: how often it was written since the start, how long that took in all, and how long the
+	// last one has to be waited for.
+	Exports                 int64
+	ExportTime, ExportPause time.Duration
+	Built                   bool // false soon after a start: the figures are not whole yet
 }
 
-// Usage counts.
+// Usage counts, a few images at a time: others need the lock too.
 func (x *index) Usage() Usage {
+	const atATime = 512
 	x.mu.Lock()
-	defer x.mu.Unlock()
 	u := Usage{Contents: len(x.nodes) - len(x.freed), Bytes: x.used, Reserved: x.reserved, Built: x.built}
-	for i := range x.manifests {
-		if x.nodes[i].needed > 0 {
-			continue
+	all := slices.Collect(maps.Keys(x.manifests))
+	x.mu.Unlock()
+	for some := range slices.Chunk(all, atATime) {
+		x.mu.Lock()
+		for _, i := range some {
+			if x.manifests[i] == nil || x.nodes[i].needed > 0 {
+				continue
+			}
+			if u.Images++; x.complete(i) {
+				u.Complete++
+			}
 		}
-		u.Images++
-		if x.complete(i) {
-			u.Complete++
-		}
+		x.mu.Unlock()
 	}
 	return u
+}
+
+// Built reports whether all that is on the disk has been noted.
+func (x *index) Built() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.built
 }
 
 // Finish gives everything its place once all that is on the disk has been noted.

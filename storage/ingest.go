@@ -85,10 +85,12 @@ func (d *Disk) Ingest(repo oci.Repository, dgst digest.Digest, size int64) (*Ing
 	if !i.takeUp() {
 		var err error
 		if i.file, i.name, err = d.create(); err != nil {
+			_ = d.wrote("create", 0, err)
 			return nil, fmt.Errorf("ingest %s: %w", dgst, err)
 		}
 	}
 	if err := i.reserve(max(size, 0)); err != nil {
+		_ = d.wrote("reserve", size, err)
 		i.discard()
 		return nil, fmt.Errorf("ingest %s: %w", dgst, err)
 	}
@@ -116,7 +118,7 @@ func (i *Ingest) reserve(n int64) error {
 	}
 	allocate := func() error { return d.withRoom(func() error { return d.allocate(i.file, n) }) }
 	err := allocate()
-	if errors.Is(err, syscall.ENOSPC) && d.evict(n-i.reserved, "disk is full") > 0 {
+	if lacks := d.lacks(n - i.reserved); errors.Is(err, syscall.ENOSPC) && lacks > 0 && d.evict(lacks, "disk is full") > 0 {
 		err = allocate()
 	}
 	if err == nil {
@@ -138,6 +140,7 @@ func (i *Ingest) Write(p []byte) (int, error) {
 		return 0, fmt.Errorf("ingest %s: more than %d bytes: %w", i.dgst, i.size, ErrMismatch)
 	}
 	if err := i.reserve(end); err != nil {
+		_ = i.disk.wrote("reserve", end, err)
 		return 0, fmt.Errorf("ingest %s: %w", i.dgst, err)
 	}
 	n, err := i.disk.write(i.file, p)
@@ -149,7 +152,9 @@ func (i *Ingest) Write(p []byte) (int, error) {
 	if err == nil {
 		err = i.catchUp(catchUpRate * int64(n))
 	}
-	i.broken = err != nil
+	if i.broken = err != nil; i.broken {
+		_ = i.disk.wrote("write", 0, err)
+	}
 	if failed := i.raise(i.readable()); failed != nil {
 		return n, failed
 	}
@@ -234,8 +239,9 @@ func (i *Ingest) Commit(c Confirmation) error {
 	}
 	i.ended = true
 	defer i.release()
-	err := i.store(c)
+	err := i.disk.wrote("commit", i.written, i.store(c))
 	if err == nil {
+		i.disk.lost.Delete(i.dgst)
 		return nil
 	}
 	err = fmt.Errorf("commit %s: %w", i.dgst, err)

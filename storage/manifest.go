@@ -61,10 +61,12 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return fmt.Errorf("%d bytes are %s: %w", len(m.Raw), got, ErrMismatch)
 	}
 	size := int64(len(m.Raw))
-	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); err != nil || !info.Mode().IsRegular() || info.Size() != size {
+	_, lost := d.lost.Load(m.Digest)
+	if info, err := d.blobs[m.Digest.Algorithm()].lstat(m.Digest.Encoded()); lost || err != nil || !info.Mode().IsRegular() || info.Size() != size || d.leaves(m.Digest) {
 		if err := d.publishBlob(m.Digest, func() error { return d.put(d.blobName(m.Digest), m.Raw) }); err != nil {
 			return err
 		}
+		d.lost.Delete(m.Digest)
 	}
 	var err error
 	if c.public() {
@@ -80,8 +82,21 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		return err
 	}
 	d.index.Manifest(repo, m, time.Time{})
-	d.manifests.add(manifestKey{repo, m.Digest}, m)
+	d.remember(manifestKey{repo, m.Digest}, m)
 	return nil
+}
+
+// remember holds a manifest in memory, unless it was evicted since it was stored or read.
+func (d *Disk) remember(key manifestKey, m oci.Manifest) {
+	d.manifests.add(key, m)
+	if d.leaves(key.dgst) {
+		d.manifests.remove(key.dgst)
+	}
+}
+
+// leaves reports whether content that is or was there is being evicted.
+func (d *Disk) leaves(dgst digest.Digest) bool {
+	return d.index.Built() && !d.index.Is(dgst)
 }
 
 // Manifest returns a stored manifest that this repository reaches, and notes that it was pulled.
@@ -110,8 +125,16 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 		return oci.Manifest{}, fmt.Errorf("%d bytes are no manifest: %w", b.size, fs.ErrNotExist)
 	}
 	raw := make([]byte, b.size)
-	if _, err := io.ReadFull(b, raw); err != nil {
-		return oci.Manifest{}, err
+	err = d.inTurn(func() error {
+		_, err := io.ReadFull(b, raw)
+		return err
+	})
+	if err != nil {
+		if errors.Is(err, ErrBusy) {
+			return oci.Manifest{}, err
+		}
+		d.Quarantine(key.dgst, err)
+		return oci.Manifest{}, fmt.Errorf("%w: %w", err, fs.ErrNotExist)
 	}
 	if got := key.dgst.Algorithm().FromBytes(raw); got != key.dgst {
 		d.Quarantine(key.dgst, fmt.Errorf("is %s", got))
@@ -121,7 +144,7 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 	if err != nil {
 		return oci.Manifest{}, errors.Join(err, fs.ErrNotExist)
 	}
-	d.manifests.add(key, m)
+	d.remember(key, m)
 	return m, nil
 }
 
@@ -130,7 +153,11 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 func (d *Disk) flushPulls() {
 	d.index.Pulled(d.manifests.untold())
 	for key, p := range d.manifests.takePulls() {
-		if err := d.flushPull(key, p.at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err := d.flushPull(key, p.at)
+		if err != nil && d.Trouble() != nil {
+			return // it says so itself; a pull more or less changes little
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			d.log.Warn("cannot note a pull", "repository", key.repo.String(), "digest", key.dgst, "err", err)
 		}
 	}

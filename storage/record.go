@@ -168,7 +168,7 @@ func (d *Disk) writeRecord(name string, v storable) error {
 	}
 	name = path.Join(d.records.path, name)
 	if err := d.makeFolder(path.Dir(name)); err != nil {
-		return err
+		return d.wrote("record", 0, err)
 	}
 	return d.put(name, raw)
 }
@@ -185,8 +185,11 @@ func (d *Disk) readRecord(name string, v storable) error {
 		return d.quarantine(d.records, name, fmt.Errorf("is a record of %d bytes", info.Size()))
 	}
 	raw := make([]byte, info.Size())
-	if err := d.readFull(file, raw); err != nil {
-		return err
+	if err := d.inTurn(func() error { return d.readFull(file, raw) }); err != nil {
+		if errors.Is(err, ErrBusy) {
+			return err
+		}
+		return d.quarantine(d.records, name, err) // it can be had again
 	}
 	if err := decodeRecord(raw, v); err != nil {
 		return d.quarantine(d.records, name, err)

@@ -28,7 +28,7 @@ const (
 	scrubTrouble = time.Minute
 	// maxDamaged bounds what waits for TakeDamaged.
 	maxDamaged = 1024
-	// maxNeeders bounds the repositories, and the images, that are named for one content.
+	// maxNeeders bounds the repositories that are named for one content.
 	maxNeeders = 8
 )
 
@@ -46,6 +46,8 @@ func (d *Disk) scrubLoop(ctx context.Context, rateLimit int64) {
 
 // scrub verifies a file if that is due. Only ctx makes it return an error.
 func (d *Disk) scrub(ctx context.Context, dgst digest.Digest, info fs.FileInfo, limiter *rate.Limiter) error {
+	for d.Trouble() != nil && wait(ctx, scrubTrouble) {
+	}
 	if d.trusts(info) && time.Since(info.ModTime()) <= scrubAge {
 		return limiter.WaitN(ctx, scrubLook)
 	}
@@ -167,30 +169,4 @@ func (x *index) Needers(dgst digest.Digest) (repos []oci.Repository, isManifest 
 		}
 	}
 	return repos, x.manifests[i] != nil
-}
-
-// Images are images that need content: their tags or, if none has one, manifests.
-func (x *index) Images(dgst digest.Digest) []oci.Reference {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	i, ok := x.find(dgst)
-	if !ok {
-		return nil
-	}
-	var tags, digests []oci.Reference
-	for key, t := range x.tags {
-		if len(tags) < maxNeeders && (x.reaches(t.current, i) || x.reaches(t.lastComplete, i)) {
-			tags = append(tags, oci.Reference{Repository: key.repo, Tag: key.tag})
-		}
-	}
-	for of, m := range x.manifests {
-		if len(tags)+len(digests) < maxNeeders && len(m.repos) > 0 && (of == i || slices.Contains(m.needs, i)) {
-			digests = append(digests, oci.Reference{Repository: x.repos[m.repos[0]], Digest: x.digest(of)})
-		}
-	}
-	if tags == nil {
-		tags = digests
-	}
-	slices.SortFunc(tags, func(a, b oci.Reference) int { return strings.Compare(a.String(), b.String()) })
-	return tags
 }

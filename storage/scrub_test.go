@@ -186,3 +186,25 @@ func TestCloseEndsTheScrub(t *testing.T) {
 		})
 	}
 }
+
+// A disk in trouble is left alone.
+func TestScrubRestsInTrouble(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := scrubbing(t, dir)
+		raw, _ := content(1000)
+		store(t, d, app, raw, anonymous)
+		time.Sleep(scrubAge)
+		_ = d.wrote("write", 0, syscall.EIO)
+		if time.Sleep(2 * scrubPause); d.Usage().Verified > 0 {
+			t.Error("it was hashed")
+		}
+		_ = d.wrote("write", 0, nil)
+		if time.Sleep(2 * scrubTrouble); d.Usage().Verified != 1000 {
+			t.Errorf("%d bytes were hashed after the trouble", d.Usage().Verified)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}

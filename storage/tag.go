@@ -178,7 +178,11 @@ func (d *Disk) flushTags() {
 	}
 	d.tags.mu.Unlock()
 	for _, key := range keys {
-		if err := d.flushTag(key); err != nil {
+		err := d.flushTag(key)
+		if err != nil && d.Trouble() != nil {
+			return // it says so itself; they stay behind
+		}
+		if err != nil {
 			d.log.Warn("cannot note a tag's confirmation", "repository", key.repo.String(), "reference", key.tag, "err", err)
 		}
 	}

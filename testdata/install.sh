@@ -5,7 +5,7 @@
 # that need it say so, and skip, or fail in CI.
 set -u
 
-packages='gcc libc6-dev docker.io containerd runc podman skopeo iptables iproute2 strace nginx'
+packages='gcc libc6-dev docker.io containerd runc podman skopeo iptables iproute2 strace e2fsprogs nginx'
 bin=${XDG_CACHE_HOME:-$HOME/.cache}/breakwater-test/bin
 clients=$(dirname "$0")/containerd-client
 

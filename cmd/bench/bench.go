@@ -46,6 +46,7 @@ func figures() []figure {
 		{"refuses", (*bench).refuses},
 		{"throttles", (*bench).throttles},
 		{"restart", (*bench).restart},
+		{"scale", (*bench).scale},
 		{"cut", (*bench).cut},
 		{"takeover", (*bench).takeover},
 		{"comeback", (*bench).comeback},

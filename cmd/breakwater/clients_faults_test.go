@@ -44,12 +44,7 @@ func (f networkFault) test(t *testing.T) {
 	for registry, c := range engines {
 		pullAll(t, c, []string{registry + names[0], registry + names[1]})
 	}
-	table := func(action string) {
-		args := append([]string{"iptables", action, "OUTPUT", "-p", "tcp", "--dport", "8080", "-j"}, strings.Fields(f.rule)...)
-		if out, err := h.output(h.command(t.Context(), nil, args...)); err != nil {
-			cannot(t, "no packet filter: %v %s", err, out)
-		}
-	}
+	table := func(action string) { h.filter(t, action+" OUTPUT -p tcp --dport 8080 -j "+f.rule) }
 	table("--append")
 	t.Run("stored", func(t *testing.T) {
 		h.wantStale(t, f.first)
@@ -62,7 +57,7 @@ func (f networkFault) test(t *testing.T) {
 		}
 		within(t, 20*time.Second, func() error {
 			h.wantStale(t, f.first)
-			return h.breakerOpen()
+			return h.breaker("open")
 		})
 		h.wantRefusal(t, 50*time.Millisecond)
 		for registry, c := range engines {
@@ -92,6 +87,15 @@ func (f networkFault) test(t *testing.T) {
 	})
 	table("--delete")
 	m.stop(t)
+}
+
+// filter changes the packets that pass on the host: what iptables is told.
+func (h *host) filter(t *testing.T, rule string) {
+	t.Helper()
+	args := append([]string{"iptables"}, strings.Fields(rule)...)
+	if out, err := h.output(h.command(t.Context(), nil, args...)); err != nil {
+		cannot(t, "no packet filter: %v %s", err, out)
+	}
 }
 
 // wantStale asks for a stored tag and wants it marked stale, in time. It returns the time it took.
@@ -132,10 +136,10 @@ func (h *host) wantRefusal(t *testing.T, limit time.Duration) {
 	}
 }
 
-// breakerOpen returns nil if the breaker of docker.io's manifests is open.
-func (h *host) breakerOpen() error {
+// breaker returns nil if the breaker of docker.io's manifests is in that state.
+func (h *host) breaker(state string) error {
 	metrics, err := h.ask(http.MethodGet, "http://"+adminAddr+"/metrics")
-	want := fmt.Sprintf(`breakwater_breaker_state{class="manifest",registry="docker.io",state="open",upstream=%q} 1`, upstreamAddr)
+	want := fmt.Sprintf(`breakwater_breaker_state{class="manifest",registry="docker.io",state=%q,upstream=%q} 1`, state, upstreamAddr)
 	if err == nil && !strings.Contains(metrics.body, want) {
 		err = fmt.Errorf("metrics have no %s", want)
 	}

@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"breakwater/pkg/registrytest"
 )
 
 // A host is a build host for one test: a folder, and a network namespace that has a loopback
@@ -157,6 +159,17 @@ func showLog(t *testing.T, name string) {
 	t.Logf("end of %s:\n%s", name, log[max(0, len(log)-enough):])
 }
 
+// checkLog fails the test if the log tells a secret.
+func checkLog(t *testing.T, name string) {
+	log, err := os.ReadFile(name)
+	if err != nil {
+		t.Error(err)
+	}
+	if leak := registrytest.Leak(string(log)); leak != "" {
+		t.Errorf("%s tells a secret: %s", name, leak)
+	}
+}
+
 // mirror is a running `breakwater serve`.
 type mirror struct {
 	cmd *exec.Cmd
@@ -198,6 +211,7 @@ func (h *host) serve(t *testing.T, config string) *mirror {
 	t.Cleanup(func() {
 		_ = m.cmd.Process.Kill()
 		<-m.ended
+		checkLog(t, filepath.Join(h.dir, "mirror.log"))
 		showLog(t, filepath.Join(h.dir, "mirror.log"))
 	})
 	select {

@@ -29,15 +29,17 @@ var clients = []struct {
 	warns bool
 	// refusal is what the client prints of the 503 for an image that is not stored.
 	refusal string
+	// runs: the client runs what it has pulled.
+	runs bool
 }{
 	// Docker asks the Hub in its mirror's place and tells of the Hub's error only.
-	{"docker", []string{"dockerd", "docker"}, startDocker, "docker.io", false, "registry-1.docker.io"},
-	{"containerd-1.6", []string{"containerd", "ctr"}, startDebianContainerd, "quay.io", false, "503 Service Unavailable"},
-	{"containerd-2.4", []string{cached("containerd"), cached("ctr")}, startContainerd, "quay.io", false, "503 Service Unavailable"},
-	{"containerd-client", []string{cached("containerd-client")}, startLibrary, "docker.io", true, "503 Service Unavailable"},
-	{"podman", []string{"podman"}, startPodman, "quay.io", false, "503 Service Unavailable"},
-	{"skopeo", []string{"skopeo"}, startSkopeo, "quay.io", false, "503 Service Unavailable"},
-	{"crane", []string{cached("crane")}, startCrane, mirrorAddr + "/quay.io", true, upstreamAddr},
+	{"docker", []string{"dockerd", "docker"}, startDocker, "docker.io", false, "registry-1.docker.io", true},
+	{"containerd-1.6", []string{"containerd", "ctr"}, startDebianContainerd, "quay.io", false, "503 Service Unavailable", true},
+	{"containerd-2.4", []string{cached("containerd"), cached("ctr")}, startContainerd, "quay.io", false, "503 Service Unavailable", true},
+	{"containerd-client", []string{cached("containerd-client")}, startLibrary, "docker.io", true, "503 Service Unavailable", false},
+	{"podman", []string{"podman"}, startPodman, "quay.io", false, "503 Service Unavailable", true},
+	{"skopeo", []string{"skopeo"}, startSkopeo, "quay.io", false, "503 Service Unavailable", false},
+	{"crane", []string{cached("crane")}, startCrane, mirrorAddr + "/quay.io", true, upstreamAddr, false},
 }
 
 var outages = []struct {

@@ -34,7 +34,8 @@ type upstream struct {
 // upstream starts a registry on the host. It is up.
 func (h *host) upstream(t *testing.T) *upstream {
 	t.Helper()
-	registry, err := registrytest.NewReal("")
+	// Not in memory, where it would copy all of an upload again with every piece of it.
+	registry, err := registrytest.NewReal(filepath.Join(h.dir, "upstream"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,10 +3,12 @@ package main
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"breakwater/pkg/config"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func configCommand() *cobra.Command {
@@ -50,6 +52,23 @@ func configCommand() *cobra.Command {
 	}, printCommand("schema", "Print the JSON Schema of the configuration, for editors", config.Schema),
 		printCommand("example", "Print a commented configuration to begin with", config.Example))
 	return cmd
+}
+
+// configurable adds the flags that every command needs which deals with a mirror or its store. load is to
+// be called when the command runs.
+func configurable(cmd *cobra.Command) (load func() (*config.Config, error)) {
+	file := cmd.Flags().String("config", "", "configuration `FILE` (default: none, which is a good configuration)")
+	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
+	cmd.Flags().String("control", "", "`PATH` of the control socket (default control.sock in the data folder)")
+	return func() (*config.Config, error) {
+		flags := map[string]string{}
+		cmd.Flags().Visit(func(f *pflag.Flag) {
+			if !slices.Contains([]string{"config", "output", "offline"}, f.Name) {
+				flags[f.Name] = f.Value.String()
+			}
+		})
+		return config.Load(*file, os.Environ(), flags)
+	}
 }
 
 func printCommand(use, short string, text func() []byte) *cobra.Command {

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -24,20 +23,20 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// crashRounds is the CI size of F45; BREAKWATER_TEST_ROUNDS=500 is the full one (make faults-full).
-const crashRounds = 20
+// sized is how much of a fault there is: in CI, or in full, by `make faults-full`. The variable's name
+// is none that the program reads.
+func sized[T any](ci, full T) T {
+	if os.Getenv("FAULTS") == "full" {
+		return full
+	}
+	return ci
+}
 
 // TestF45KilledAtAnyTime kills the real binary in the middle of concurrent fetches, again and again.
 // Whatever it had called stored must be there after the restart, with every upstream out, and nothing
 // else than verified content may be in the store.
 func TestF45KilledAtAnyTime(t *testing.T) {
-	rounds := crashRounds
-	if s := os.Getenv("BREAKWATER_TEST_ROUNDS"); s != "" {
-		var err error
-		if rounds, err = strconv.Atoi(s); err != nil {
-			t.Fatal(err)
-		}
-	}
+	rounds := sized(20, 500)
 	program := binary(t)
 	reg := registrytest.New(registrytest.Config{})
 	up := reg.Start(t)
@@ -66,7 +65,7 @@ func TestF45KilledAtAnyTime(t *testing.T) {
 		checkBlobs(t, data)
 		total += len(acknowledged)
 	}
-	t.Logf("%d rounds, %d blobs acknowledged, slowest start %v", rounds, total, slowest)
+	t.Logf("F45: %d rounds, %d blobs acknowledged, slowest start %v", rounds, total, slowest)
 	if total == 0 {
 		t.Error("nothing was acknowledged, so nothing was tested")
 	}
@@ -96,11 +95,12 @@ func startMirror(t *testing.T, program, config, data string) *crashing {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	log := bufio.NewScanner(out)
+	said := io.TeeReader(out, registrytest.Watch(t))
+	log := bufio.NewScanner(said)
 	for log.Scan() {
 		if _, rest, ok := strings.Cut(log.Text(), "msg=serving listen="); ok {
 			address, _, _ := strings.Cut(rest, " ")
-			go func() { _, _ = io.Copy(io.Discard, out) }() // ends with the process
+			go func() { _, _ = io.Copy(io.Discard, said) }() // ends with the process
 			transport := &http.Transport{MaxIdleConnsPerHost: 64}
 			t.Cleanup(transport.CloseIdleConnections)
 			return &crashing{t, cmd, "http://" + address, time.Since(started), &http.Client{Transport: transport, Timeout: 20 * time.Second}}

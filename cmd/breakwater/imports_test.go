@@ -20,7 +20,7 @@ func TestImportsPointDown(t *testing.T) {
 		// For tests, the demo, the bench and the soak only.
 		"breakwater/pkg/registrytest": {"breakwater/pkg/oci"},
 		"breakwater/cmd/demo":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
-		"breakwater/cmd/bench":        {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
+		"breakwater/cmd/bench":        {"breakwater/pkg/oci", "breakwater/pkg/registrytest", "breakwater/storage"},
 		"breakwater/cmd/soak":         {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
 	}
 	homes := map[string]string{
@@ -32,6 +32,7 @@ func TestImportsPointDown(t *testing.T) {
 		"go.yaml.in/":                        "breakwater/pkg/config",
 		"github.com/dustin/go-humanize":      "breakwater/pkg/config",
 		"github.com/spf13/":                  "breakwater/cmd/breakwater",
+		"github.com/vbauerster/mpb/":         "breakwater/cmd/breakwater",
 		"github.com/distribution/reference/": "breakwater/pkg/oci",
 	}
 	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "breakwater/...").CombinedOutput()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -38,6 +39,7 @@ lacks from upstream registries behind circuit breakers: an upstream's outage tou
 nobody has ever pulled.`,
 		Example: `  breakwater serve                                  # Docker Hub, quay.io, ghcr.io and more on 127.0.0.1:5000
   breakwater serve --config breakwater.yaml
+  breakwater status                                 # what it holds, and which upstreams are out
   breakwater config example > breakwater.yaml       # a commented configuration to begin with`,
 		Version:       version,
 		Args:          noArguments,
@@ -46,7 +48,7 @@ nobody has ever pulled.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), configCommand(), versionCommand())
+	root.AddCommand(serveCommand(), rmCommand(), verifyCommand(), statusCommand(), configCommand(), versionCommand())
 	return root
 }
 
@@ -57,19 +59,22 @@ func versionCommand() *cobra.Command {
 		Example: "  breakwater version",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, toolchain := version, ""
-			if info, ok := debug.ReadBuildInfo(); ok {
-				toolchain = info.GoVersion
-				for _, s := range info.Settings {
-					if s.Key == "vcs.revision" && version == "devel" {
-						v += " " + s.Value
-					}
-				}
-			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "breakwater %s (%s)\n", v, toolchain)
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "breakwater %s (%s)\n", buildVersion(), runtime.Version())
 			return err
 		},
 	}
+}
+
+// buildVersion is the release's, or which commit it is.
+func buildVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "devel" {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return version + " " + s.Value
+			}
+		}
+	}
+	return version
 }
 
 func noArguments(cmd *cobra.Command, args []string) error {

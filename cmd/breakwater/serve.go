@@ -23,7 +23,6 @@ import (
 	"breakwater/storage"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 // Bounds of a connection. A body's own deadline moves with its progress (proxy).
@@ -40,7 +39,6 @@ const (
 )
 
 func serveCommand() *cobra.Command {
-	var file string
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the mirror",
@@ -50,21 +48,11 @@ configuration again; a mistake in it is logged and changes nothing.`,
   breakwater serve --config /etc/breakwater/config.yaml
   breakwater serve --listen 127.0.0.1:6000 --data /var/cache/breakwater`,
 		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			flags := map[string]string{}
-			cmd.Flags().Visit(func(f *pflag.Flag) {
-				if f.Name != "config" {
-					flags[f.Name] = f.Value.String()
-				}
-			})
-			load := func() (*config.Config, error) { return config.Load(file, os.Environ(), flags) }
-			return serve(cmd.Context(), load, cmd.ErrOrStderr())
-		},
 	}
-	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default: none, which is a good configuration)")
+	load := configurable(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), load, cmd.ErrOrStderr()) }
 	cmd.Flags().String("listen", "", "`ADDRESS` of the registry API (default 127.0.0.1:5000)")
 	cmd.Flags().String("admin", "", "`ADDRESS` of health and metrics (default 127.0.0.1:5001)")
-	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
 	cmd.Flags().String("capacity", "", "`SIZE` of the store: 50GiB, 80%, auto")
 	cmd.Flags().String("log-format", "", "text, json, or auto: text on a terminal")
 	cmd.Flags().String("log-level", "", "debug, info, warn or error")
@@ -115,17 +103,22 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	if err != nil {
 		return err
 	}
-	servers := []*http.Server{newServer(mirror, logger), newServer(mirror.Admin(), logger)}
+	servers := []*http.Server{newControlServer(mirror, logger), newServer(mirror, logger), newServer(mirror.Admin(), logger)}
 	failed := make(chan error, len(servers))
 	go func() {
 		if cfg.TLS.CertFile != "" {
-			failed <- servers[0].ServeTLS(api, cfg.TLS.CertFile, cfg.TLS.KeyFile)
+			failed <- servers[1].ServeTLS(api, cfg.TLS.CertFile, cfg.TLS.KeyFile)
 			return
 		}
-		failed <- servers[0].Serve(api)
+		failed <- servers[1].Serve(api)
 	}()
-	go func() { failed <- servers[1].Serve(admin) }()
-	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "data", cfg.Data, "capacity", capacity)
+	go func() { failed <- servers[2].Serve(admin) }()
+	if control, err := listenControl(cfg.Control, logger); err != nil { // such as a full disk: pulls go on
+		logger.Error("no control socket: commands cannot reach this mirror", "err", err)
+	} else {
+		go func() { failed <- servers[0].Serve(control) }()
+	}
+	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "control", cfg.Control, "data", cfg.Data, "capacity", capacity)
 	err = untilStopped(ctx, signals, failed, func() { reload(load, cfg, mirror, logger) })
 	stop(servers, mirror, logger)
 	return err
@@ -195,12 +188,21 @@ func reload(load func() (*config.Config, error), started *config.Config, mirror 
 		logger.Error("configuration not reloaded; the old one stays in force", "err", err)
 		return
 	}
-	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Data != started.Data ||
+	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Control != started.Control || cfg.Data != started.Data ||
 		cfg.Capacity != started.Capacity || cfg.MinFree != started.MinFree || cfg.Scrub != started.Scrub || cfg.TLS != started.TLS || cfg.Log != started.Log {
-		logger.Warn("configuration reloaded; listen, admin, data, capacity, min_free, scrub, tls and log change at the next start")
+		logger.Warn("configuration reloaded; listen, admin, control, data, capacity, min_free, scrub, tls and log change at the next start")
 		return
 	}
 	logger.Info("configuration reloaded")
+}
+
+// newControlServer serves the control socket. What runs there long ends at once when it stops.
+func newControlServer(mirror *proxy.Mirror, logger *slog.Logger) *http.Server {
+	server := newServer(mirror.Control(buildVersion()), logger)
+	ctx, cancel := context.WithCancel(context.Background())
+	server.BaseContext = func(net.Listener) context.Context { return ctx }
+	server.RegisterOnShutdown(cancel)
+	return server
 }
 
 func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
@@ -210,6 +212,7 @@ func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
+		ConnContext:       proxy.ConnContext,
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 	}
 	// Clients open connections that they may never use. Shutdown would wait five seconds for their

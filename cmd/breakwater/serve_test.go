@@ -52,7 +52,7 @@ func startServe(t *testing.T, yaml string) *served {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- serve(ctx, func() (*config.Config, error) { return config.Load(s.file, nil, flags) }, in)
+		ended <- serve(ctx, func() (*config.Config, error) { return config.Load(s.file, nil, flags) }, io.MultiWriter(registrytest.Watch(t), in))
 		_ = in.Close()
 	}()
 	t.Cleanup(func() {
@@ -229,10 +229,20 @@ func TestTLS(t *testing.T) {
 
 func TestCommands(t *testing.T) {
 	dir := t.TempDir()
-	bad := filepath.Join(dir, "bad.yaml")
-	if err := os.WriteFile(bad, []byte("listen: 0.0.0.0:5000\nlisen: x\n"), 0o600); err != nil {
-		t.Fatal(err)
+	write := func(name, text string) string {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
 	}
+	bad := write("bad.yaml", "listen: 0.0.0.0:5000\nlisen: x\n")
+	account := func(how string) string {
+		return "default_registry: quay.io\nregistries: {quay.io: {upstreams: [{url: https://quay.io, credentials: {" + how + "}}]}}\n"
+	}
+	good := write("good.yaml", account("username: robot, password_file: "+write("password", registrytest.Canary)))
+	clear := write("clear.yaml", account("username: robot, password: "+registrytest.Canary))
+	inURL := write("url.yaml", "registries: {quay.io: {upstreams: [{url: https://robot:"+registrytest.Canary+"@quay.io}]}}\n")
 	tests := []struct {
 		args  []string
 		want  []string // of output or error
@@ -242,6 +252,10 @@ func TestCommands(t *testing.T) {
 		{args: []string{"config", "check"}, want: []string{"the configuration is good"}},
 		{args: []string{"config", "check", bad}, want: []string{bad + ":1", "access", bad + ":2", "listen"}, fails: true},
 		{args: []string{"config", "show"}, want: []string{"quay.io", "fresh_for: 0s"}},
+		{args: []string{"config", "show", good}, want: []string{"robot", "password_file:"}},
+		{args: []string{"config", "check", clear}, want: []string{"clear.yaml:2", "password"}, fails: true},
+		{args: []string{"config", "check", inURL}, want: []string{"url.yaml:1", "url"}, fails: true},
+		{args: []string{"serve", "--config", inURL}, want: []string{"url.yaml:1"}, fails: true},
 		{args: []string{"config", "schema"}, want: []string{"json-schema.org"}},
 		{args: []string{"config", "example"}, want: []string{"registries:"}},
 		{args: []string{"serve", "--config", bad}, want: []string{bad + ":2"}, fails: true},
@@ -262,6 +276,9 @@ func TestCommands(t *testing.T) {
 		said := out.String()
 		if err != nil {
 			said += err.Error()
+		}
+		if leak := registrytest.Leak(said); leak != "" {
+			t.Errorf("%v tells a secret: %s", test.args, leak)
 		}
 		for _, want := range test.want {
 			if !strings.Contains(said, want) {

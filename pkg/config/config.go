@@ -6,6 +6,7 @@ package config
 
 import (
 	"cmp"
+	"fmt"
 	"os"
 	"path"
 	"path/filepath"
@@ -22,6 +23,7 @@ import (
 type Config struct {
 	Listen          string              `yaml:"listen"`                 // host:port of the registry API, loopback only
 	Admin           string              `yaml:"admin"`                  // host:port of health and metrics
+	Control         string              `yaml:"control"`                // path of the unix socket for all that changes something; absolute once loaded
 	ServerNames     []string            `yaml:"server_names,omitempty"` // further names that clients may use as Host
 	TLS             TLS                 `yaml:"tls,omitempty"`          // the zero value serves plain HTTP
 	Data            string              `yaml:"data"`                   // the store's folder; absolute once loaded
@@ -137,6 +139,7 @@ func defaults() *Config {
 	return &Config{
 		Listen:          "127.0.0.1:5000",
 		Admin:           "127.0.0.1:5001",
+		Control:         "", // in Data
 		Data:            defaultData(),
 		Capacity:        Size{}, // auto
 		MinFree:         Size{}, // auto
@@ -179,6 +182,30 @@ func defaultData() string {
 		return ""
 	}
 	return filepath.Join(cache, "breakwater")
+}
+
+// NamesRegistry tells quay.io/org from a user of the Hub, by what stands before the first slash: a dot, a
+// colon, localhost, or configured.
+func (c *Config) NamesRegistry(first string) bool {
+	_, configured := c.Registries[first]
+	return configured || first == "localhost" || strings.ContainsAny(first, ".:")
+}
+
+// Image is the image that people mean: without a registry's name it is one of DefaultRegistry, and with
+// neither a tag nor a digest it is latest.
+func (c *Config) Image(s string) (oci.Reference, error) {
+	typed := s
+	if first, _, more := strings.Cut(s, "/"); !more || !c.NamesRegistry(first) {
+		s = c.DefaultRegistry + "/" + s
+	}
+	if !strings.ContainsAny(s[strings.LastIndexByte(s, '/'):], ":@") {
+		s += ":latest"
+	}
+	ref, err := oci.ParseImage(s)
+	if err != nil {
+		return oci.Reference{}, fmt.Errorf("%.255q is not an image; write it as quay.io/org/app:tag, or with its digest as quay.io/org/app@sha256:…", typed)
+	}
+	return ref, nil
 }
 
 // TagsFor is what holds for the tags of a repository: key by key, what its own entry says, else its

@@ -103,12 +103,19 @@ func TestH42EnvironmentAndFlags(t *testing.T) {
 	}
 }
 
+// settled is what holds when nobody says anything, with what follows from it.
+func settled() *Config {
+	c := defaults()
+	c.Control = filepath.Join(c.Data, "control.sock")
+	return c
+}
+
 func TestNoFile(t *testing.T) {
 	c, err := Load("", nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(defaults(), c, same); diff != "" {
+	if diff := cmp.Diff(settled(), c, same); diff != "" {
 		t.Error(diff)
 	}
 	for _, text := range []string{"", "# nothing\n", "---\n", "registries:\n", "tags: {}\nlisten:\nlog:\n  level:\n"} {
@@ -116,7 +123,7 @@ func TestNoFile(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%q: %v", text, err)
 		}
-		if diff := cmp.Diff(defaults(), c, same); diff != "" {
+		if diff := cmp.Diff(settled(), c, same); diff != "" {
 			t.Errorf("%q: %s", text, diff)
 		}
 	}
@@ -135,12 +142,81 @@ func TestOverrides(t *testing.T) {
 	}
 	want := defaults()
 	want.Listen, want.Admin, want.Data, want.Capacity = "127.0.0.1:5", "127.0.0.1:2", "/etc/breakwater/store", Size{Bytes: 2 << 30}
+	want.Control = "/etc/breakwater/store/control.sock"
 	want.Log, want.AnyRegistry = Log{Format: LogJSON, Level: "debug"}, true
 	if diff := cmp.Diff(want, c, same); diff != "" {
 		t.Error(diff)
 	}
 	if c, err = load("", nil, nil, map[string]string{"data": "here"}); err != nil || !filepath.IsAbs(c.Data) {
 		t.Errorf("%v, %v", c, err)
+	}
+}
+
+func TestControl(t *testing.T) {
+	dir := t.TempDir()
+	open := filepath.Join(dir, "open")
+	if err := os.Mkdir(open, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	long := filepath.Join("/run", strings.Repeat("x", maxControl-len("/run/")))
+	for _, tt := range []struct {
+		text  string
+		flags map[string]string
+		want  string // the path, or words of the error
+	}{
+		{"data: store\n", nil, dir + "/store/control.sock"},
+		{"data: store\ncontrol: c.sock\n", nil, dir + "/c.sock"},
+		{"control: c.sock\n", map[string]string{"control": "/run/bw/c.sock"}, "/run/bw/c.sock"},
+		{"", map[string]string{"data": "/srv/bw"}, "/srv/bw/control.sock"},
+		{"control: " + long + "\n", nil, long},
+		{"control: " + long + "x\n", nil, "c.yaml:1:10: control: is 108 bytes long, and the name of a socket can have 107; write a shorter one, such as /run/breakwater/control.sock"},
+		{"data: /srv/" + long + "\n", nil, "control: is 124 bytes long"},
+		{"control: open/c.sock\n", nil, "control: everybody may write to " + open},
+		{"control: /srv/bw\ndata: /srv/bw\n", nil, "control: is the data folder; write the name of a socket, such as /srv/bw/control.sock"},
+	} {
+		c, err := load(filepath.Join(dir, "c.yaml"), []byte(tt.text), nil, tt.flags)
+		if err != nil && !strings.Contains(err.Error(), tt.want) || err == nil && c.Control != tt.want {
+			t.Errorf("%q %v: %v %v, want %s", tt.text, tt.flags, c, err, tt.want)
+		}
+	}
+	if c, err := load("", nil, []string{"BREAKWATER_CONTROL=/run/bw/e.sock"}, nil); err != nil || c.Control != "/run/bw/e.sock" {
+		t.Errorf("by a variable: %v, %v", c, err)
+	}
+}
+
+func TestImagesAsPeopleTypeThem(t *testing.T) {
+	c := &Config{DefaultRegistry: "docker.io", Registries: map[string]Registry{"quay": {}}}
+	dgst := "sha256:" + strings.Repeat("ab", 32)
+	for s, want := range map[string]string{
+		"alpine":                 "docker.io/library/alpine:latest",
+		"alpine:3":               "docker.io/library/alpine:3",
+		"org/app@" + dgst:        "docker.io/org/app@" + dgst,
+		"org/app:v1":             "docker.io/org/app:v1",
+		"quay/app":               "quay/app:latest",
+		"quay.io/org/app":        "quay.io/org/app:latest",
+		"quay.io/org/app:v1":     "quay.io/org/app:v1",
+		"localhost/app":          "localhost/app:latest",
+		"localhost:5000/app":     "localhost:5000/app:latest",
+		"[::1]:5000/app@" + dgst: "[::1]:5000/app@" + dgst,
+		"":                       "",
+		"alpine:3@" + dgst:       "",
+		"https://quay.io/app":    "",
+		"Alpine":                 "",
+		"alpine:":                "",
+		"org//app":               "",
+		"../app":                 "",
+		"a b":                    "",
+	} {
+		if ref, err := c.Image(s); (err != nil) != (want == "") || err == nil && ref.String() != want {
+			t.Errorf("%q: %s, %v; want %s", s, ref, err, want)
+		}
+	}
+	c.DefaultRegistry = "quay.io"
+	if ref, err := c.Image("alpine"); err != nil || ref.String() != "quay.io/alpine:latest" {
+		t.Errorf("with another default: %s, %v", ref, err)
 	}
 }
 
@@ -284,7 +360,7 @@ func TestExampleSaysWhatHoldsByDefault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(defaults(), c, same); diff != "" {
+	if diff := cmp.Diff(settled(), c, same); diff != "" {
 		t.Error(diff)
 	}
 	_, text := everything(t)

@@ -110,7 +110,7 @@ func (p *problems) addYAML(file string, err error) {
 
 // resolve makes relative paths start at dir.
 func (c *Config) resolve(dir string) {
-	files := []*string{&c.Data, &c.TLS.CertFile, &c.TLS.KeyFile}
+	files := []*string{&c.Data, &c.Control, &c.TLS.CertFile, &c.TLS.KeyFile}
 	for _, registry := range c.Registries {
 		for i := range registry.Upstreams {
 			up := &registry.Upstreams[i]
@@ -129,6 +129,7 @@ func (c *Config) overridable() map[string]any {
 	return map[string]any{
 		"listen":           &c.Listen,
 		"admin":            &c.Admin,
+		"control":          &c.Control,
 		"data":             &c.Data,
 		"capacity":         &c.Capacity,
 		"min_free":         &c.MinFree,
@@ -213,6 +214,9 @@ func set(field any, text string) (err error) {
 func (c *Config) settle() {
 	if here, err := filepath.Abs(""); err == nil {
 		c.resolve(here)
+	}
+	if c.Control == "" && c.Data != "" {
+		c.Control = filepath.Join(c.Data, "control.sock")
 	}
 	for name, registry := range c.Registries {
 		if registry.Upstreams == nil && oci.ValidRegistry(name) {

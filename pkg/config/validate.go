@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -23,6 +24,7 @@ import (
 const (
 	minCapacity          = 1 << 20          // less holds no image: somebody forgot the unit
 	minScrub             = 1 << 10          // the same
+	maxControl           = 107              // bytes that the kernel has room for (unix(7))
 	maxRevalidateTimeout = 10 * time.Second // within which the mirror answers, whatever upstreams do
 )
 
@@ -68,6 +70,22 @@ func (c *Config) validateListeners(p *problems) {
 		p.add("admin", "the same address as listen; write another port")
 	}
 	p.keyPair("tls", c.TLS)
+	c.validateControl(p)
+}
+
+// validateControl keeps the control socket where nobody can put another one in its place.
+func (c *Config) validateControl(p *problems) {
+	if n := len(c.Control); n > maxControl {
+		p.add("control", "is %d bytes long, and the name of a socket can have %d; write a shorter one, such as /run/breakwater/control.sock", n, maxControl)
+		return
+	}
+	if c.Control == c.Data && c.Data != "" {
+		p.add("control", "is the data folder; write the name of a socket, such as %s", filepath.Join(c.Data, "control.sock"))
+	}
+	dir := filepath.Dir(c.Control)
+	if info, err := os.Stat(dir); err == nil && dir != c.Data && info.Mode().Perm()&0o002 != 0 {
+		p.add("control", "everybody may write to %s (%s), and put another socket there; write one in a folder of its own, such as /run/breakwater/control.sock", dir, info.Mode())
+	}
 }
 
 // validateNames checks what clients may call the mirror, and what that means.

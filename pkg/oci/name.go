@@ -183,3 +183,27 @@ func ParseReference(repo Repository, s string) (Reference, error) {
 	}
 	return Reference{Repository: repo, Tag: s}, nil
 }
+
+// ParseImage takes an image as people write it, with its registry and a tag or a digest:
+// quay.io/org/app:latest. Its error is a NAME_INVALID, or ParseReference's.
+func ParseImage(s string) (Reference, error) {
+	registry, rest, _ := strings.Cut(s, "/")
+	name, identifier, found := strings.Cut(rest, "@")
+	if found && !strings.Contains(identifier, ":") {
+		identifier += ":" // no digest, and no tag either
+	}
+	if !found {
+		name, identifier, found = strings.Cut(rest, ":")
+		if strings.Contains(identifier, ":") {
+			found = false // a digest stands behind an @
+		}
+	}
+	if !found {
+		return Reference{}, NewError(errcode.ErrorCodeNameInvalid, "%.255q has neither a tag nor a digest", s)
+	}
+	repo, err := ParseRepository(registry, name)
+	if err != nil {
+		return Reference{}, err
+	}
+	return ParseReference(repo, identifier)
+}

@@ -178,3 +178,28 @@ func FuzzParseReference(f *testing.F) {
 		}
 	})
 }
+
+func TestParseImage(t *testing.T) {
+	dgst := "sha256:" + strings.Repeat("ab", 32)
+	for s, want := range map[string]string{
+		"quay.io/org/app:latest":          "quay.io/org/app:latest",
+		"quay.io/org/app@" + dgst:         "quay.io/org/app@" + dgst,
+		"docker.io/alpine:3":              "docker.io/library/alpine:3",
+		"localhost:5000/app:v1":           "localhost:5000/app:v1",
+		"quay.io/org/app":                 "",
+		"quay.io/org/app:":                "",
+		"quay.io/org/app@latest":          "",
+		"quay.io/org/app:" + dgst:         "",
+		"quay.io/org/app:latest@" + dgst:  "",
+		"quay.io/Org/app:latest":          "",
+		"quay.io:latest":                  "",
+		"https://quay.io/org/app:latest":  "",
+		"quay.io/org/app@sha256:deadbeef": "",
+		"":                                "",
+	} {
+		ref, err := ParseImage(s)
+		if (err == nil) != (want != "") || err == nil && ref.String() != want {
+			t.Errorf("%q: %s, %v; want %q", s, ref, err, want)
+		}
+	}
+}

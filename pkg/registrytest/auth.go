@@ -140,7 +140,7 @@ func (g *Registry) serveToken(w http.ResponseWriter, r *http.Request, auth Auth)
 			}
 		}
 	}
-	token := rand.Text()
+	token := Canary + rand.Text()
 	g.mu.Lock()
 	g.tokens[token] = given
 	g.mu.Unlock()

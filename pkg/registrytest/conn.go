@@ -154,21 +154,67 @@ func (c *conn) Write(b []byte) (n int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for {
-		switch room := window - c.peer.held; {
-		case c.closed:
-			return n, c.fail("write", net.ErrClosed)
-		case c.writing.passed():
-			return n, c.fail("write", os.ErrDeadlineExceeded)
-		case c.shut, c.peer.closed && c.link.passes() && !c.dropped:
-			return n, c.fail("write", os.NewSyscallError("write", syscall.EPIPE))
-		case n == len(b):
-			return n, nil
+		err, room := c.unwritable(), window-c.peer.held
+		switch {
+		case err != nil || n == len(b):
+			return n, err
 		case room > 0:
 			n += c.send(b[n:min(len(b), n+room)])
 		default:
 			c.changed.Wait()
 		}
 	}
+}
+
+// ReadFrom sends what r has. As the kernel does with a file that it is handed, it takes from r only
+// what it can send at once: when a deadline passes, r stands where the rest begins.
+func (c *conn) ReadFrom(r io.Reader) (n int64, err error) {
+	piece := make([]byte, 32<<10)
+	for {
+		room, err := c.awaitRoom()
+		if err != nil {
+			return n, err
+		}
+		read, err := r.Read(piece[:min(len(piece), room)])
+		sent, failed := c.Write(piece[:read])
+		n += int64(sent)
+		switch {
+		case failed != nil:
+			return n, failed
+		case errors.Is(err, io.EOF):
+			return n, nil
+		case err != nil:
+			return n, err
+		}
+	}
+}
+
+// awaitRoom waits until something can be written, and returns how much.
+func (c *conn) awaitRoom() (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for {
+		if err := c.unwritable(); err != nil {
+			return 0, err
+		}
+		if room := window - c.peer.held; room > 0 {
+			return room, nil
+		}
+		c.changed.Wait()
+	}
+}
+
+// unwritable is why nothing can be written, whether or not there is room. With the lock held.
+func (c *conn) unwritable() error {
+	switch {
+	case c.closed:
+		return c.fail("write", net.ErrClosed)
+	case c.writing.passed():
+		return c.fail("write", os.ErrDeadlineExceeded)
+	case c.shut, c.peer.closed && c.link.passes() && !c.dropped:
+		return c.fail("write", os.NewSyscallError("write", syscall.EPIPE))
+	}
+	return nil
 }
 
 // send gives b to the peer, up to the byte at which the link breaks.

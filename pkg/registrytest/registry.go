@@ -314,7 +314,7 @@ func (g *Registry) serveCDN(w http.ResponseWriter, r *http.Request) {
 func sign(path, expires string) string {
 	mac := hmac.New(sha256.New, []byte("registrytest"))
 	mac.Write([]byte(path + "\n" + expires))
-	return hex.EncodeToString(mac.Sum(nil))
+	return Canary + hex.EncodeToString(mac.Sum(nil))
 }
 
 // cutLast is strings.Cut at the last sep; all is before it if there is none.

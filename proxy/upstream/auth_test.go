@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/netip"
@@ -109,7 +110,8 @@ func guard(t *testing.T, auth registrytest.Auth, f func(*guarded)) {
 		for _, repo := range []string{"org/a", "org/b"} {
 			g.PutManifest(repo, "latest", oci.MediaTypeDockerManifest, []byte(`{"schemaVersion":2,"mediaType":"`+oci.MediaTypeDockerManifest+`","layers":[]}`))
 		}
-		g.pool = NewPool(Settings{Lookup: network.Lookup, Dial: network.DialContext, TLS: &tls.Config{RootCAs: network.CA.Pool()}})
+		g.pool = NewPool(Settings{Lookup: network.Lookup, Dial: network.DialContext, TLS: &tls.Config{RootCAs: network.CA.Pool()},
+			Logger: slog.New(slog.NewTextHandler(registrytest.Watch(t), &slog.HandlerOptions{Level: slog.LevelDebug}))})
 		t.Cleanup(g.pool.Close)
 		f(g)
 	})
@@ -123,7 +125,7 @@ func (g *guarded) as(users map[string]string) {
 		cfg := Config{Registry: registry, URL: "https://quay.test", Account: Account{Username: user}}
 		if user != "" {
 			cfg.Account.PasswordFile = filepath.Join(g.folder, user)
-			if err := os.WriteFile(cfg.Account.PasswordFile, []byte("password of "+user+"\r\n"), 0o600); err != nil {
+			if err := os.WriteFile(cfg.Account.PasswordFile, []byte(robots[user]+"\r\n"), 0o600); err != nil {
 				g.Fatal(err)
 			}
 		}
@@ -134,9 +136,18 @@ func (g *guarded) as(users map[string]string) {
 	}
 }
 
-// ask asks for a repository's manifest in the name of a registry.
+// ask asks for a repository's manifest in the name of a registry. What it says of it must tell no secret.
 func (g *guarded) ask(registry, repo string) error {
-	_, err := g.pool.Clients(registry)[0].Manifest(context.Background(), oci.Reference{Repository: oci.Repository{Registry: registry, Name: repo}, Tag: "latest"})
+	g.Helper()
+	c := g.pool.Clients(registry)[0]
+	_, err := c.Manifest(context.Background(), oci.Reference{Repository: oci.Repository{Registry: registry, Name: repo}, Tag: "latest"})
+	said := fmt.Sprintf("%v %+v %s", err, c.Health(), c.Credential())
+	if e := new(Error); errors.As(err, &e) {
+		said += fmt.Sprintf(" %+v", *e)
+	}
+	if leak := registrytest.Leak(said); leak != "" {
+		g.Errorf("a secret is told: %s", leak)
+	}
 	return err
 }
 
@@ -144,7 +155,8 @@ func (g *guarded) tokens() []registrytest.Request {
 	return g.Requests(registrytest.Match{Func: func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/token") }})
 }
 
-var robots = map[string]string{"robot": "password of robot", "other": "password of other"}
+// robots are users with their passwords.
+var robots = map[string]string{"robot": registrytest.Canary + " of robot", "other": registrytest.Canary + " of other"}
 
 // listen serves h over TLS at "host:port" of the network.
 func (g *guarded) listen(address string, h http.Handler) {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -38,8 +39,9 @@ type Body struct {
 	body    io.ReadCloser
 	host    string // that it comes from, perhaps after redirects
 	read    int64
-	ahead   []byte // read by Prime, to be read again
-	end     error  // that Prime met behind it
+	waiting atomic.Bool // in Read: the upstream's turn
+	ahead   []byte      // read by Prime, to be read again
+	end     error       // that Prime met behind it
 	failed  func(error) *Error
 	settle  func(error)
 	settled bool
@@ -52,6 +54,10 @@ func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(erro
 	b.failed = func(err error) *Error { return c.failed(resp.Request.Context(), classBlob, err) }
 	b.settle = func(err error) { once.Do(func() { settle(err) }) }
 	b.late = time.AfterFunc(verdictTime, func() {
+		if !b.waiting.Load() {
+			b.settle(&Error{Reason: "read slowly", verdict: excluded})
+			return
+		}
 		b.settle(&Error{Upstream: c.base.Host, Class: classBlob.String(), Reason: "body too slow", verdict: failure})
 	})
 	return b
@@ -76,7 +82,9 @@ func (b *Body) Prime(n int64) error {
 func (b *Body) Read(p []byte) (int, error) {
 	if len(b.ahead) > 0 {
 		n := copy(p, b.ahead)
-		b.ahead = b.ahead[n:]
+		if b.ahead = b.ahead[n:]; len(b.ahead) == 0 {
+			b.ahead = nil
+		}
 		return n, nil
 	}
 	if b.end != nil {
@@ -87,7 +95,9 @@ func (b *Body) Read(p []byte) (int, error) {
 
 // fetch reads from the upstream, and settles what that is worth.
 func (b *Body) fetch(p []byte) (int, error) {
+	b.waiting.Store(true)
 	n, err := b.body.Read(p)
+	b.waiting.Store(false)
 	b.read += int64(n)
 	if !b.settled && (b.read >= verdictBytes || errors.Is(err, io.EOF)) {
 		b.settled = true

@@ -337,6 +337,7 @@ func (b *breaker) change(to State) {
 	b.current = to
 	b.generation++
 	b.trial = trial{}
+	b.due.Stop()
 	clear(b.suspects)
 	b.run, b.recent = spread{}, spread{}
 }
@@ -352,6 +353,9 @@ func (b *breaker) watch(ctx context.Context) {
 		case <-b.due.C:
 			if settle, err := b.begin(); err == nil {
 				settle(b.examine(ctx))
+			}
+			if b.state().Name == stateHalfOpen { // it could not be tried: it may ask us to wait, or refuse us
+				b.due.Reset(maxHoldOff)
 			}
 		}
 	}

@@ -59,6 +59,7 @@ type Client struct {
 	lacked   marks[oci.Reference]             // it has answered 404 for
 	budget   budget
 	counts   [3]counter
+	latency  [3]latency
 }
 
 // streak is since when there have been only failures, and the last of them. One long after the last
@@ -87,7 +88,7 @@ func newClient(p *Pool, cfg Config) (*Client, error) {
 	if c.route, err = newRoute(p, cfg, base); err != nil {
 		return nil, fmt.Errorf("upstream %s: %w", base.Host, err)
 	}
-	c.http = &http.Client{Transport: c.route.transport(), CheckRedirect: checkRedirect}
+	c.http = &http.Client{Transport: transport{c.route.transport()}, CheckRedirect: checkRedirect}
 	c.auth = newAuthorizer(c)
 	probes := [3]func(context.Context) error{c.probeToken, c.probeManifest, c.probeBlob}
 	for class := classToken; class <= classBlob; class++ {
@@ -120,6 +121,7 @@ type Health struct {
 	Reason                      string    // of the latest failure, "" while closed
 	HeldUntil                   time.Time // a 429 has asked for: nothing is asked before
 	Succeeded, Failed, Excluded int64     // requests so far
+	FirstBytes                  FirstBytes
 }
 
 // Health tells of each class.
@@ -128,7 +130,7 @@ func (c *Client) Health() []Health {
 	for class := classToken; class <= classBlob; class++ {
 		state, n := c.breakers[class].state(), &c.counts[class]
 		held := time.Now().Add(c.hold.left(time.Now()))
-		all = append(all, Health{class.String(), state.Name, state.Since, state.Reason, held, n.succeeded.Load(), n.failed.Load(), n.excluded.Load()})
+		all = append(all, Health{class.String(), state.Name, state.Since, state.Reason, held, n.succeeded.Load(), n.failed.Load(), n.excluded.Load(), c.latency[class].firstBytes()})
 	}
 	return all
 }

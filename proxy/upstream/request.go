@@ -216,6 +216,7 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 		}
 	}
 	end := func(cause error) { leave(); cancel(cause) }
+	began := time.Now()
 	resp, again, err := c.try(&client, req)
 	if err != nil {
 		failed := c.failed(ctx, class, withoutURL(resp, err))
@@ -233,6 +234,7 @@ func (c *Client) do(ctx context.Context, cancel context.CancelCauseFunc, class c
 		}
 		return nil, failed
 	}
+	c.latency[class].observe(time.Since(began))
 	resp.Body = &stallGuard{ReadCloser: resp.Body, cancel: end, timeout: stallTimeout, timer: stopped(func() {
 		end(errStalled)
 		c.pool.closeIdle(c)
@@ -261,6 +263,20 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	req.Header.Del("Authorization")
 	req.Header.Del("Referer")
 	return nil
+}
+
+// transport hides a Location that is no URL from http.Client, whose error would tell all of it: it may
+// well be a signed one.
+type transport struct{ *http.Transport }
+
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.Transport.RoundTrip(req)
+	if err == nil {
+		if _, err := req.URL.Parse(resp.Header.Get("Location")); err != nil {
+			resp.Header.Del("Location")
+		}
+	}
+	return resp, err
 }
 
 // withoutURL drops from http.Client's error what may be a signed URL: its prefix, and, if there was an

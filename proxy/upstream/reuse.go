@@ -9,14 +9,28 @@ import (
 	"net/http/httptrace"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
+
+// suspicious is after how long a kept connection that does not answer casts doubt on the others: before
+// those who wait for it give up, and ask again.
+const suspicious = time.Second
 
 // try sends a request, redirects included. One that got no answer on a connection that had served
 // before is sent a second time, on a new one: the connection may have died in the pool, forgotten by
 // a firewall, and then nobody is to blame (FAULTS F76). again says that this was so.
 func (c *Client) try(client *http.Client, req *http.Request) (resp *http.Response, again bool, err error) {
 	var reused atomic.Bool
-	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { reused.Store(info.Reused) }}
+	doubt := stopped(func() { c.pool.closeIdle(c) })
+	defer doubt.Stop()
+	trace := &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			if reused.Store(info.Reused); info.Reused {
+				doubt.Reset(suspicious)
+			}
+		},
+		GotFirstResponseByte: func() { doubt.Stop() },
+	}
 	req = req.WithContext(httptrace.WithClientTrace(req.Context(), trace))
 	resp, err = client.Do(req)
 	if err == nil || !reused.Load() || !unanswered(err) || req.Context().Err() != nil {

@@ -56,6 +56,40 @@ func TestF76DeadPooledConnections(t *testing.T) {
 	}
 }
 
+// Who asks while the first to find out still waits is not made to wait as well.
+func TestF76DoubtSpreads(t *testing.T) {
+	guard(t, registrytest.Auth{}, func(g *guarded) {
+		g.use(Config{Registry: "quay.io", URL: "https://quay.test"}, Config{Registry: "other", URL: "https://quay.test"})
+		release := g.Fault(registrytest.Match{}, registrytest.Delay(time.Second))
+		done := make(chan error)
+		ask := func(n int) {
+			for i := range n {
+				go func() { done <- g.ask([]string{"quay.io", "other"}[i%2], "org/a") }()
+			}
+		}
+		wait := func(n int) {
+			for range n {
+				if err := <-done; err != nil {
+					g.Error(err)
+				}
+			}
+		}
+		ask(12)
+		wait(12)
+		release()
+		g.network.Drop("quay.test:443")
+		ask(1)
+		time.Sleep(1500 * time.Millisecond)
+		began := time.Now()
+		ask(12)
+		wait(12)
+		if took := time.Since(began); took > time.Second {
+			g.Errorf("twelve that came later took %v", took)
+		}
+		wait(1)
+	})
+}
+
 // A host that has died is not excused for having had connections.
 func TestF76DeadHostCounts(t *testing.T) {
 	guard(t, registrytest.Auth{}, func(g *guarded) {
