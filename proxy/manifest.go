@@ -54,7 +54,7 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	return manifest, provenance{cache: cacheFetched}, nil
 }
 
-// askManifest asks the upstreams for a manifest by its digest.
+// askManifest fetches and stores a manifest by its digest, once for all who want it.
 func (m *Mirror) askManifest(ref oci.Reference) *question[oci.Manifest] {
 	return m.manifests.join(m.asking, ref.String(), func(ctx context.Context) (oci.Manifest, error) {
 		manifest, err := first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {

@@ -52,6 +52,8 @@ var (
 	storeOnWay  = prometheus.NewDesc("breakwater_store_reserved_bytes", "Disk space reserved for downloads that run or wait to be gone on with.", nil, nil)
 	storeFiles  = prometheus.NewDesc("breakwater_store_contents", "Blobs and manifests in the store.", nil, nil)
 	evictedDesc = prometheus.NewDesc("breakwater_evicted_images_total", "Images that had to go for want of space.", nil, nil)
+	verified    = prometheus.NewDesc("breakwater_verified_bytes_total", "Bytes of the store that were hashed again.", nil, nil)
+	quarantined = prometheus.NewDesc("breakwater_quarantined_files_total", "Files of the store that were taken out of service, since they were damaged.", nil, nil)
 )
 
 func newMetrics(m *Mirror) *metrics {
@@ -116,7 +118,7 @@ func (s *metrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- storeErrors
 	ch <- keepComplete
 	ch <- keepAge
-	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc} {
+	for _, desc := range []*prometheus.Desc{images, complete, storeBytes, storeOnWay, storeFiles, evictedDesc, verified, quarantined} {
 		ch <- desc
 	}
 }
@@ -137,7 +139,9 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 		storeBytes: u.Bytes, storeOnWay: u.Reserved, storeFiles: int64(u.Contents)} {
 		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(value))
 	}
-	ch <- prometheus.MustNewConstMetric(evictedDesc, prometheus.CounterValue, float64(u.Evicted))
+	for desc, value := range map[*prometheus.Desc]int64{evictedDesc: u.Evicted, verified: u.Verified, quarantined: u.Wrong} {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value))
+	}
 	for _, k := range s.mirror.keepers.all() {
 		complete := 0.0
 		if k.complete.Load() {

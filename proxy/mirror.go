@@ -81,6 +81,7 @@ func New(cfg Config) (*Mirror, error) {
 		return nil, err
 	}
 	m.asking.start(m.completions.runBehind)
+	m.asking.start(m.repairLoop)
 	return m, nil
 }
 

@@ -141,7 +141,9 @@ func (r *rig) nthFails(fault *nth, panics panicking, image, newer registrytest.I
 	fired := fault.fired()
 	fault.n.Store(well)
 	r.quay.Fault(registrytest.Match{}, registrytest.Status(503))
+	r.untidy = bool(panics) // what a panic leaves is swept at the next start
 	r.stop()
+	r.untidy = false
 	r.start(oneUpstream)
 	for path, want := range hits {
 		if got := r.get(app + path); strings.HasPrefix(path, "/manifests/latest") {

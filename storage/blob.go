@@ -18,19 +18,29 @@ import (
 // released.
 type Blob struct {
 	*volume
-	file   *os.File        // its offset is the Blob's
-	size   int64           // of stored content
-	ingest *Ingest         // nil once stored
-	ctx    context.Context // ends the waiting for an ingest; Read has no parameter for it
-	close  func()          // nil if nothing is to be done
+	file  *os.File        // its offset is the Blob's
+	size  int64           // of stored content
+	info  fs.FileInfo     // of stored content, when it was opened
+	mark  *watermark      // nil if all can be read at once
+	ctx   context.Context // ends the waiting at the mark; Read has no parameter for it
+	close func()          // nil if nothing is to be done
+	whole func()          // what is to be done if it has been read to its end; nil if nothing
 }
 
 // Blob opens stored content that this repository reaches. Otherwise it returns fs.ErrNotExist.
-// What does not have the size that it was stored with, or cannot be read, is quarantined, and absent.
+// What does not have the size that it was stored with, or cannot be read, is quarantined, and absent. What
+// has not been verified since an unclean stop, or was written to by somebody else, is hashed ahead of its
+// readers: they wait for it as for a download, and may find it wrong as they may that, or absent if it is
+// short.
 func (d *Disk) Blob(repo oci.Repository, dgst digest.Digest) (*Blob, error) {
 	b, err := d.openBlob(repo, dgst)
 	if err == nil {
 		err = d.probe(b, dgst)
+	}
+	if err == nil {
+		if err = d.vet(b, dgst); err != nil {
+			_ = b.Close()
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", dgst, err)
@@ -52,14 +62,16 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 	}
 	r, err := d.reach(repo, dgst)
 	if err == nil && r.Size != info.Size() {
-		err = d.quarantine(in, dgst.Encoded(), fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size))
+		err = fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size)
+		d.Quarantine(dgst, err)
+		err = fmt.Errorf("%s %w: %w", dgst, err, fs.ErrNotExist)
 	}
 	if err != nil {
 		_ = file.Close()
 		return nil, err
 	}
 	readers := d.index.Open(dgst)
-	return &Blob{volume: d.volume, file: file, size: info.Size(), close: func() { d.index.Close(dgst, readers) }}, nil
+	return &Blob{volume: d.volume, file: file, size: info.Size(), info: info, close: func() { d.index.Close(dgst, readers) }}, nil
 }
 
 // noteGone tells the index that somebody has removed a file behind our back, if it was not stored again
@@ -80,13 +92,23 @@ func (d *Disk) noteGone(dgst digest.Digest) {
 // Quarantine takes stored content that has turned out wrong or unreadable out of service, so that
 // it is fetched again. Those who have it open may read on.
 func (d *Disk) Quarantine(dgst digest.Digest, reason error) {
+	mu := d.writers.of(d.blobName(dgst))
+	mu.Lock()
+	defer mu.Unlock()
+	d.quarantineLocked(dgst, reason)
+}
+
+// quarantineLocked is Quarantine for who holds the stripe.
+func (d *Disk) quarantineLocked(dgst digest.Digest, reason error) {
 	in := d.blobs[dgst.Algorithm()]
 	_ = d.misread(d.quarantine(in, dgst.Encoded(), reason))
-	if _, err := in.lstat(dgst.Encoded()); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := in.lstat(dgst.Encoded()); errors.Is(err, fs.ErrNotExist) {
+		d.index.Gone(dgst)
+	} else {
 		d.lost.Store(dgst, nil) // until it is stored anew
 	}
-	d.noteGone(dgst)
 	d.manifests.remove(dgst)
+	d.noteDamage(dgst)
 }
 
 // probe reads a byte: a disk that has died is found out while the answer can still come from elsewhere.
@@ -114,8 +136,8 @@ func (d *Disk) probe(b *Blob, dgst digest.Digest) error {
 
 // Size is the length in bytes, or -1 while it is not known.
 func (b *Blob) Size() int64 {
-	if b.ingest != nil {
-		return b.ingest.Size()
+	if b.mark != nil {
+		return b.mark.Size()
 	}
 	return b.size
 }
@@ -130,8 +152,8 @@ func (b *Blob) Await(limit int64) (*os.File, int64, error) {
 		return nil, 0, err
 	}
 	end := b.size
-	if b.ingest != nil {
-		if end, err = b.ingest.await(b.ctx, offset); err != nil {
+	if b.mark != nil {
+		if end, err = b.mark.await(b.ctx, offset); err != nil {
 			return nil, 0, err
 		}
 	}
@@ -171,6 +193,12 @@ func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 
 // Close closes the Blob. An ingest goes on.
 func (b *Blob) Close() error {
+	if b.whole != nil {
+		if end, err := b.file.Seek(0, io.SeekCurrent); err == nil && end == b.size {
+			b.whole()
+		}
+		b.whole = nil
+	}
 	err := b.file.Close()
 	if b.close != nil {
 		b.close()

@@ -3,10 +3,7 @@ package storage
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"slices"
 
 	"breakwater/pkg/oci"
@@ -37,79 +34,55 @@ type Wrong struct {
 	Reason string        `json:"reason"`
 }
 
-// Verify hashes all that is stored, and quarantines what is wrong. It ends with ctx.
+// Verify hashes all that is stored, as fast as it can be read. What is wrong is quarantined; what cannot be
+// read is left alone, since it may be the whole disk. It ends with ctx, and returns what it has found until
+// then.
 func (d *Disk) Verify(ctx context.Context, progress func(Progress)) (Report, error) {
 	var p Progress
-	var all []digest.Digest
-	for algorithm, in := range d.blobs {
-		err := in.each(".", func(e fs.DirEntry) error {
-			info, err := in.lstat(e.Name())
-			if dgst, perr := oci.ParseDigest(algorithm.String() + ":" + e.Name()); err == nil && perr == nil && info.Mode().IsRegular() {
-				all = append(all, dgst)
-				p.AllBytes += info.Size()
-			}
-			return ctx.Err()
-		})
-		if err != nil {
-			return Report{}, err
-		}
+	err := d.eachContent(func(_ digest.Digest, info fs.FileInfo) error {
+		p.AllFiles++
+		p.AllBytes += info.Size()
+		return ctx.Err()
+	})
+	if err != nil {
+		return Report{}, err
 	}
-	slices.Sort(all)
-	p.AllFiles = len(all)
 	progress(p)
 	var r Report
-	buffer := make([]byte, 1<<20)
-	for _, dgst := range all {
-		wrong, err := d.verify(ctx, dgst, buffer, func(n int) {
-			p.Bytes += int64(n)
+	err = d.eachContent(func(dgst digest.Digest, _ fs.FileInfo) error {
+		_, err := d.verifyFile(dgst, -1, func(n int64) error {
+			p.Bytes += n
 			progress(p)
+			return ctx.Err()
 		})
-		found := Wrong{Digest: dgst, Images: d.index.Needing(dgst)}
 		switch {
-		case ctx.Err() != nil:
-			return r, ctx.Err()
-		case errors.Is(err, fs.ErrNotExist): // gone since it was counted
-		case err != nil:
-			found.Reason = err.Error()
-			r.Unreadable = append(r.Unreadable, found)
-		case wrong != nil:
-			found.Reason = wrong.Error()
-			r.Wrong = append(r.Wrong, found)
-			d.Quarantine(dgst, wrong)
+		case err == nil:
+		case errors.Is(err, ErrMismatch), errors.Is(err, errForeign):
+			r.Wrong = append(r.Wrong, Wrong{dgst, d.index.Needing(dgst), reason(err)})
+		case errors.Is(err, fs.ErrNotExist): // evicted since
+			return ctx.Err()
+		case errors.Is(err, errUnreadable):
+			r.Unreadable = append(r.Unreadable, Wrong{dgst, d.index.Needing(dgst), reason(err)})
+		default:
+			return err
 		}
 		p.Files++
 		progress(p)
-	}
+		return ctx.Err()
+	})
 	r.Files, r.Bytes = p.Files, p.Bytes
-	return r, nil
+	return r, err
 }
 
-// verify says what is wrong with stored content, or why it cannot be told.
-func (d *Disk) verify(ctx context.Context, dgst digest.Digest, buffer []byte, read func(n int)) (wrong, err error) {
-	file, _, err := d.openFile(d.blobs[dgst.Algorithm()], dgst.Encoded())
-	if err != nil {
-		return nil, err
+// reason is what is wrong, without the name of the file.
+func reason(err error) string {
+	if wrong := new(condemned); errors.As(err, &wrong) {
+		return wrong.reason.Error()
 	}
-	defer file.Close()
-	hash := dgst.Algorithm().Hash()
-	for ctx.Err() == nil {
-		n, err := d.read(file, buffer)
-		hash.Write(buffer[:n])
-		read(n)
-		if errors.Is(err, io.EOF) {
-			if got := digest.NewDigest(dgst.Algorithm(), hash); got != dgst {
-				return fmt.Errorf("is %s", got), nil
-			}
-			return nil, nil
-		}
-		if err != nil {
-			if reason := new(os.PathError); errors.As(err, &reason) {
-				err = reason.Err // its name is said already
-			}
-			return nil, err
-		}
+	if failed := new(fs.PathError); errors.As(err, &failed) {
+		return failed.Err.Error()
 	}
-	return nil, ctx.Err()
+	return err.Error()
 }
 
 // Needing names the images that need content, by their tags; where they have none, by their repositories.
@@ -122,7 +95,7 @@ func (x *index) Needing(dgst digest.Digest) []string {
 	}
 	var names []string
 	for i, m := range x.manifests {
-		if x.nodes[i].bytes == 0 || !x.reaches(i, need) {
+		if x.nodes[i].bytes == 0 && i != need || !x.reaches(i, need) {
 			continue
 		}
 		for _, key := range m.tags {

@@ -19,6 +19,7 @@
 //	                                 what has broken off, kept for an hour after its time
 //	quarantine/                      what must not be served; for people to look at
 //	LOCK                             flock, and the id of the process that holds it
+//	UNCLEAN                          when a process was last found not to have closed the folder
 //	VERSION                          of this layout
 //
 // No component of a repository's name begins with "_", and the two algorithms' hex differ in length.
@@ -64,6 +65,7 @@ type Config struct {
 	Dir      string       // the data folder; created if missing
 	Capacity int64        // bytes of the disk that it may take, and a twentieth more for a while; 0 means no bound
 	MinFree  int64        // bytes of the disk that it leaves free
+	Scrub    int64        // bytes a second of the store that are verified for as long as it is open; 0 is none
 	Logger   *slog.Logger // nil discards
 
 	// Fault is for tests, nil otherwise: it is called ahead of each call of the file system (open, create,
@@ -101,6 +103,7 @@ type Disk struct {
 	manifests *manifestCache
 	tags      *tagCache
 	exporter  exporter
+	checks    checks
 	writers   stripes
 	folders   sync.Mutex // held while folders are made, until they are durable
 
@@ -128,6 +131,10 @@ func Open(cfg Config) (*Disk, error) {
 		parked:   map[string]*parkedHash{},
 		reading:  make(chan struct{}, maxReading),
 		space:    map[string]int64{},
+		checks: checks{
+			first: map[digest.Digest]*check{}, right: map[digest.Digest]fs.FileInfo{},
+			due: map[digest.Digest]bool{}, damaged: map[digest.Digest]bool{}, wake: make(chan struct{}, 1),
+		},
 	}
 	if cfg.Fault != nil {
 		d.fault.Store(&cfg.Fault)
@@ -152,6 +159,10 @@ func Open(cfg Config) (*Disk, error) {
 		d.evictLoop(ctx)
 	})
 	d.behind(ctx, func() { d.flushLoop(ctx) })
+	d.behind(ctx, func() { d.recheckLoop(ctx) })
+	if cfg.Scrub > 0 {
+		d.behind(ctx, func() { d.scrubLoop(ctx, cfg.Scrub) })
+	}
 	return d, nil
 }
 
@@ -207,7 +218,7 @@ func (d *Disk) open(dir string) (err error) {
 	}
 	d.tmp, d.records = folders["tmp"], folders["records"]
 	d.blobs = map[digest.Algorithm]folder{digest.SHA256: folders["blobs/sha256"], digest.SHA512: folders["blobs/sha512"]}
-	return d.createFiles()
+	return errors.Join(d.createFiles(), d.noteUnclean())
 }
 
 func (d *Disk) openFolder(name string) (folder, error) {
@@ -267,6 +278,9 @@ func (d *Disk) lock() error {
 		return os.NewSyscallError("flock", err)
 	}
 	d.exporter.changed.Store(true) // the last one may have stopped before it could write index.json
+	if holder != "" {
+		d.checks.unclean = time.Now()
+	}
 	err = d.truncate(file, 0)
 	if err == nil {
 		_, err = d.write(file, []byte(strconv.Itoa(os.Getpid())+"\n"))
@@ -350,6 +364,9 @@ func (d *Disk) flushLoop(ctx context.Context) {
 // What is open for reading stays readable.
 func (d *Disk) Close() error {
 	d.stop()
+	d.checks.mu.Lock()
+	d.checks.closed = true
+	d.checks.mu.Unlock()
 	d.work.Wait()
 	d.flushTags()
 	d.flushPulls()
@@ -357,7 +374,10 @@ func (d *Disk) Close() error {
 	if d.exporter.changed.Load() && d.index.Built() {
 		err = d.export()
 	}
-	return errors.Join(err, d.truncate(d.lockFile, 0), d.release())
+	if d.checks.noted {
+		err = errors.Join(err, d.truncate(d.lockFile, 0))
+	}
+	return errors.Join(err, d.release())
 }
 
 // release closes whatever open has opened, LOCK last: the kernel frees the lock with its file.

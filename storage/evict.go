@@ -37,6 +37,7 @@ func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 func (d *Disk) Usage() Usage {
 	u := d.index.Usage()
 	u.Evicted, u.Capacity = d.evicted.Load(), d.capacity
+	u.Verified, u.Wrong = d.checks.verified.Load(), d.checks.wrong.Load()
 	u.Exports, u.ExportTime, u.ExportPause = d.exporter.count.Load(), time.Duration(d.exporter.took.Load()), time.Duration(d.exporter.pause.Load())
 	return u
 }

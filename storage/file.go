@@ -85,6 +85,9 @@ func allocated(info fs.FileInfo) int64 {
 func (d *Disk) quarantine(in folder, name string, reason error) error {
 	from := path.Join(in.path, name)
 	err := d.root.rename(from, path.Join("quarantine", path.Base(name)+"."+d.temporaryName()))
+	if err == nil {
+		d.checks.wrong.Add(1)
+	}
 	if !errors.Is(err, fs.ErrNotExist) { // somebody else was faster
 		d.log.Error("quarantined a file that must not be served", "file", from, "reason", reason, "err", err)
 	}

@@ -112,6 +112,7 @@ func TestTagsStayBehindInTrouble(t *testing.T) {
 			}
 		}
 		confirm(time.Now())
+		synctest.Wait() // the index is built, and has said so
 		var lines bytes.Buffer
 		d.log = slog.New(slog.NewTextHandler(&lines, nil))
 		d.on(callSync, func(string) error { return syscall.EIO })

@@ -422,6 +422,8 @@ type Usage struct {
 	Reserved int64 // for what is on its way, or parked
 	Capacity int64 // what it may take; math.MaxInt64 is no bound
 	Evicted  int64 // images, since the start
+	Verified int64 // bytes that were hashed to see whether the disk still has them, since the start
+	Wrong    int64 // files that were quarantined, since the start
 	// index.json: how often it was written since the start, how long that took in all, and how long the
 	// last one has to be waited for.
 	Exports                 int64

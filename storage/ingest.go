@@ -11,6 +11,7 @@ import (
 	"path"
 	"sync"
 	"syscall"
+	"time"
 
 	"breakwater/pkg/oci"
 
@@ -57,6 +58,11 @@ type Ingest struct {
 	broken   bool      // the disk has failed
 	ended    bool
 
+	watermark
+}
+
+// watermark is how much of a file can be read that is being written, or hashed.
+type watermark struct {
 	mu       sync.Mutex // guards what follows
 	size     int64      // -1 while unknown
 	released int64      // readable bytes
@@ -75,7 +81,7 @@ func (d *Disk) Ingest(repo oci.Repository, dgst digest.Digest, size int64) (*Ing
 	if size > d.capacity {
 		return nil, fmt.Errorf("ingest %s: %d bytes, capacity %d: %w", dgst, size, d.capacity, ErrTooLarge)
 	}
-	i := &Ingest{disk: d, repo: repo, dgst: dgst, hash: dgst.Algorithm().Hash(), size: max(size, -1)}
+	i := &Ingest{disk: d, repo: repo, dgst: dgst, hash: dgst.Algorithm().Hash(), watermark: watermark{size: max(size, -1)}}
 	if !i.takeUp() {
 		var err error
 		if i.file, i.name, err = d.create(); err != nil {
@@ -149,14 +155,8 @@ func (i *Ingest) Write(p []byte) (int, error) {
 	if i.broken = err != nil; i.broken {
 		_ = i.disk.wrote("write", 0, err)
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.err != nil {
-		return n, i.err
-	}
-	if readable := i.readable(); readable > i.released {
-		i.released = readable
-		i.wakeLocked()
+	if failed := i.raise(i.readable()); failed != nil {
+		return n, failed
 	}
 	if err != nil {
 		return n, fmt.Errorf("ingest %s: %w", i.dgst, err)
@@ -172,11 +172,33 @@ func (i *Ingest) readable() int64 {
 	return min(i.written, i.size-Withheld)
 }
 
+// raise lets the first n bytes be read, or returns why no more will be.
+func (w *watermark) raise(n int64) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil && n > w.released {
+		w.released = n
+		w.wakeLocked()
+	}
+	return w.err
+}
+
+// raiseAll lets all be read, since it is verified, or returns why no more will be.
+func (w *watermark) raiseAll(size int64) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.size, w.released, w.verified = size, size, true
+		w.wakeLocked()
+	}
+	return w.err
+}
+
 // Released is how many bytes can be read.
-func (i *Ingest) Released() int64 {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return i.released
+func (w *watermark) Released() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.released
 }
 
 // Written is how many bytes there are, those that were parked among them.
@@ -204,14 +226,7 @@ func (i *Ingest) verify() error {
 	if got := digest.NewDigest(i.dgst.Algorithm(), i.hash); got != i.dgst {
 		return fmt.Errorf("%d bytes are %s: %w", i.written, got, ErrMismatch)
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.err != nil {
-		return i.err
-	}
-	i.size, i.released, i.verified = i.written, i.written, true
-	i.wakeLocked()
-	return nil
+	return i.raiseAll(i.written)
 }
 
 // Commit stores what Verify has found right, as confirmed in the repository that it was fetched for.
@@ -260,6 +275,7 @@ func (d *Disk) publishBlob(dgst digest.Digest, publish func() error) error {
 	err := publish()
 	var info fs.FileInfo
 	if err == nil {
+		_ = d.root.touch(name, time.Now().Truncate(verifiedUnit)) // what has another date is hashed again
 		info, err = d.root.lstat(name)
 	}
 	if err != nil {
@@ -283,11 +299,11 @@ func (i *Ingest) Abort(err error) {
 }
 
 // fail tells the readers why no more comes: before the file's name goes, so that Open can say it too.
-func (i *Ingest) fail(err error) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.err = err
-	i.wakeLocked()
+func (w *watermark) fail(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.err = err
+	w.wakeLocked()
 }
 
 func (i *Ingest) discard() {
@@ -296,18 +312,18 @@ func (i *Ingest) discard() {
 	_ = i.disk.tmp.remove(i.name)
 }
 
-func (i *Ingest) wakeLocked() {
-	if i.wake != nil {
-		close(i.wake)
-		i.wake = nil
+func (w *watermark) wakeLocked() {
+	if w.wake != nil {
+		close(w.wake)
+		w.wake = nil
 	}
 }
 
 // Size is the length in bytes, or -1 while it is not known.
-func (i *Ingest) Size() int64 {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return i.size
+func (w *watermark) Size() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.size
 }
 
 // Open opens what is being written for reading from its start. The Blob has a descriptor and an
@@ -319,7 +335,7 @@ func (i *Ingest) Open(ctx context.Context) (*Blob, error) {
 		file, _, err = i.disk.openFile(i.disk.blobs[i.dgst.Algorithm()], i.dgst.Encoded())
 	}
 	if err == nil {
-		return &Blob{volume: i.disk.volume, file: file, ingest: i, ctx: ctx}, nil
+		return &Blob{volume: i.disk.volume, file: file, mark: &i.watermark, ctx: ctx}, nil
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -330,15 +346,15 @@ func (i *Ingest) Open(ctx context.Context) (*Blob, error) {
 }
 
 // await waits until a byte at offset is readable, and returns how many are from the start.
-func (i *Ingest) await(ctx context.Context, offset int64) (int64, error) {
+func (w *watermark) await(ctx context.Context, offset int64) (int64, error) {
 	for {
-		i.mu.Lock()
-		released, verified, err := i.released, i.verified, i.err
-		if i.wake == nil && offset >= released && !verified && err == nil {
-			i.wake = make(chan struct{})
+		w.mu.Lock()
+		released, verified, err := w.released, w.verified, w.err
+		if w.wake == nil && offset >= released && !verified && err == nil {
+			w.wake = make(chan struct{})
 		}
-		wake := i.wake
-		i.mu.Unlock()
+		wake := w.wake
+		w.mu.Unlock()
 		switch {
 		case offset < released:
 			return released, nil

@@ -165,6 +165,14 @@ func (v *volume) read(file *os.File, p []byte) (int, error) {
 	return file.Read(p)
 }
 
+// readAt leaves the file's offset alone.
+func (v *volume) readAt(file *os.File, p []byte, offset int64) (int, error) {
+	if err := v.may(callRead, file.Name()); err != nil {
+		return 0, err
+	}
+	return file.ReadAt(p, offset)
+}
+
 func (v *volume) write(file *os.File, p []byte) (int, error) {
 	err := v.may(callWrite, file.Name())
 	if errors.Is(err, io.ErrShortWrite) {
@@ -251,5 +259,27 @@ func ignoreEINTR(call func() error) error {
 		if err := call(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
+	}
+}
+
+// duplicate opens an open file once more, whatever has its name by now. Both have one offset.
+func duplicate(file *os.File) (*os.File, error) {
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var fd int
+	var derr error
+	err = conn.Control(func(old uintptr) { fd, derr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err = errors.Join(err, os.NewSyscallError("fcntl", derr)); err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), file.Name()), nil
+}
+
+// rarelyUsed asks the kernel not to drop, for what is read of a file now, what others read.
+func rarelyUsed(file *os.File) {
+	if conn, err := file.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), 0, 0, unix.FADV_NOREUSE) })
 	}
 }

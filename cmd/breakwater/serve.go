@@ -90,7 +90,7 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	if err != nil {
 		return fmt.Errorf("min_free: %w", err)
 	}
-	store, err := storage.Open(storage.Config{Dir: cfg.Data, Capacity: capacity, MinFree: minFree, Logger: logger})
+	store, err := storage.Open(storage.Config{Dir: cfg.Data, Capacity: capacity, MinFree: minFree, Scrub: int64(cfg.Scrub), Logger: logger})
 	if err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
@@ -189,8 +189,8 @@ func reload(load func() (*config.Config, error), started *config.Config, mirror 
 		return
 	}
 	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Control != started.Control || cfg.Data != started.Data ||
-		cfg.Capacity != started.Capacity || cfg.MinFree != started.MinFree || cfg.TLS != started.TLS || cfg.Log != started.Log {
-		logger.Warn("configuration reloaded; listen, admin, control, data, capacity, min_free, tls and log change at the next start")
+		cfg.Capacity != started.Capacity || cfg.MinFree != started.MinFree || cfg.Scrub != started.Scrub || cfg.TLS != started.TLS || cfg.Log != started.Log {
+		logger.Warn("configuration reloaded; listen, admin, control, data, capacity, min_free, scrub, tls and log change at the next start")
 		return
 	}
 	logger.Info("configuration reloaded")

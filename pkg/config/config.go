@@ -29,6 +29,7 @@ type Config struct {
 	Data            string              `yaml:"data"`                   // the store's folder; absolute once loaded
 	Capacity        Size                `yaml:"capacity"`               // of the store
 	MinFree         Size                `yaml:"min_free"`               // of the disk that the store leaves free; auto is 5 %, at most 5 GiB
+	Scrub           Rate                `yaml:"scrub"`                  // at which the store is verified
 	Log             Log                 `yaml:"log"`
 	DefaultRegistry string              `yaml:"default_registry"` // what a bare path means; a key of Registries
 	AnyRegistry     bool                `yaml:"any_registry"`     // also ask registries that are not configured
@@ -167,6 +168,7 @@ func defaults() *Config {
 		Data:            defaultData(),
 		Capacity:        Size{}, // auto
 		MinFree:         Size{}, // auto
+		Scrub:           8 << 20,
 		Log:             Log{Format: LogAuto, Level: "info"},
 		DefaultRegistry: oci.DockerHub,
 		Tags:            defaultTags(),

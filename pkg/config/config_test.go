@@ -348,7 +348,7 @@ func uncommented() string {
 
 func TestShowIsAFileThatLoads(t *testing.T) {
 	dir, text := everything(t)
-	for name, text := range map[string]string{"everything": text, "nothing": "", "odd": "capacity: 12.5%\nlisten: '[::1]:0'\nserver_names: [on, 0x10]\nlog: {level: debug}\n"} {
+	for name, text := range map[string]string{"everything": text, "nothing": "", "odd": "capacity: 12.5%\nscrub: off\nlisten: '[::1]:0'\nserver_names: [on, 0x10]\nlog: {level: debug}\n"} {
 		c, err := load(filepath.Join(dir, "a.yaml"), []byte(text), nil, nil)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
@@ -413,7 +413,7 @@ func fits(t *testing.T, text []byte) error {
 
 func TestSchemaRefusesWhatLoadRefuses(t *testing.T) {
 	for _, text := range []string{"shared: []", "completion: {images: some}", "completion: {bytes_per_day: auto}", "completion: {bytes_per_day: 10%}", "keep: [{platforms: [linux/amd64]}]",
-		"keep: [{image: docker.io/alpine}]", "keep: [{image: 'docker.io/alpine:3', platforms: []}]", "keep: [{image: 'docker.io/alpine:3', platforms: [amd64]}]", "capacity: lots", "capacity: 5", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
+		"keep: [{image: docker.io/alpine}]", "keep: [{image: 'docker.io/alpine:3', platforms: []}]", "keep: [{image: 'docker.io/alpine:3', platforms: [amd64]}]", "capacity: lots", "capacity: 5", "scrub: 8MiB", "scrub: true", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
 		"registries: {q.io: {upstreams: [{url: ftp://q.io}]}}", "registries: {q.io: {upstreams: [{url: https://q.io/x}]}}", "registries: {Q.io: {}}", "registries: {q.io: {upstreams: []}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, proxy: 'socks5://p'}]}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {helper: ../x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, redirect_hosts: [https://x]}]}}",
@@ -524,7 +524,7 @@ func TestSchemaDefaults(t *testing.T) {
 			}
 		}
 	}
-	if n != 15 {
+	if n != 16 {
 		t.Errorf("%d defaults", n)
 	}
 }

@@ -23,6 +23,7 @@ import (
 
 const (
 	minCapacity          = 1 << 20          // less holds no image: somebody forgot the unit
+	minScrub             = 1 << 10          // the same
 	maxControl           = 107              // bytes that the kernel has room for (unix(7))
 	maxRevalidateTimeout = 10 * time.Second // within which the mirror answers, whatever upstreams do
 	minEvery             = 10 * time.Second // a registry is asked for each kept tag so often
@@ -46,6 +47,9 @@ func (c *Config) validate(p *problems) {
 	}
 	if b := c.Capacity.Bytes; b != 0 && b < minCapacity {
 		p.add("capacity", "%d bytes hold no image; write it with its unit, such as 50GiB", b)
+	}
+	if c.Scrub != 0 && c.Scrub < minScrub {
+		p.add("scrub", "%s would take years; write it with its unit, such as 8MiB/s, or off", c.Scrub)
 	}
 	p.oneOf("log.format", c.Log.Format, LogAuto, LogText, LogJSON)
 	p.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")

@@ -173,3 +173,34 @@ func (s *Size) UnmarshalText(text []byte) error {
 	*s = Size{Bytes: int64(n)}
 	return nil
 }
+
+// Rate is so many bytes a second; none is off. As text: 8MiB/s, 1GB/s, off.
+type Rate int64
+
+const off = "off"
+
+// String is the shortest text that reads back as r.
+func (r Rate) String() string {
+	if r == 0 {
+		return off
+	}
+	return Size{Bytes: int64(r)}.String() + "/s"
+}
+
+// MarshalText is String.
+func (r Rate) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText reads what String writes, and sizes as go-humanize knows them, a second.
+func (r *Rate) UnmarshalText(text []byte) error {
+	if string(text) == off {
+		*r = 0
+		return nil
+	}
+	size, ok := strings.CutSuffix(string(text), "/s")
+	n, err := humanize.ParseBytes(size)
+	if !ok || err != nil || n == 0 || n > math.MaxInt64 {
+		return fmt.Errorf("%q is not a rate: write bytes a second with their unit, such as 8MiB/s, or off", text)
+	}
+	*r = Rate(n)
+	return nil
+}

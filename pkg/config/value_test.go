@@ -64,6 +64,29 @@ func TestSizeText(t *testing.T) {
 	}
 }
 
+func TestRateText(t *testing.T) {
+	for text, want := range map[string]Rate{"off": 0, "8MiB/s": 8 << 20, "1B/s": 1, "9223372036854775807B/s": math.MaxInt64} {
+		var r Rate
+		if err := r.UnmarshalText([]byte(text)); err != nil || r != want || r.String() != text {
+			t.Errorf("%s: %v, %v", text, r, err)
+		}
+	}
+	for text, want := range map[string]Rate{"1 GB/s": 1e9, "1.5m/s": 15e5} {
+		var r, again Rate
+		if err := r.UnmarshalText([]byte(text)); err != nil || r != want {
+			t.Errorf("%s: %v, %v", text, r, err)
+		}
+		if err := again.UnmarshalText([]byte(r.String())); err != nil || again != r {
+			t.Errorf("%s is shown as %s, which is %v", text, r, again)
+		}
+	}
+	for _, text := range []string{"", "0", "0B/s", "/s", "8MiB", "8MiB/m", "-1MiB/s", "Off", "auto", "16EiB/s"} {
+		if r := new(Rate); r.UnmarshalText([]byte(text)) == nil {
+			t.Errorf("%q is %v", text, r)
+		}
+	}
+}
+
 func TestSizeIn(t *testing.T) {
 	dir := t.TempDir()
 	missing := filepath.Join(dir, "not", "yet")
