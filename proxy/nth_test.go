@@ -96,6 +96,9 @@ func (r *rig) nthFails(fault *nth, panics panicking, image, newer registrytest.I
 		for try := 0; ; try++ {
 			got := r.get(app + path)
 			whole := got.err == nil && got.StatusCode == http.StatusOK
+			if whole && bool(panics) && try < 3 && got.Header.Get("Warning") != "" {
+				continue // the question has panicked: the stored answer, marked stale
+			}
 			if whole && string(got.body) != string(want) {
 				r.Errorf("%s: %d bytes, wrong", path, len(got.body))
 			}

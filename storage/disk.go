@@ -277,8 +277,8 @@ func (d *Disk) lock() error {
 		}
 		return os.NewSyscallError("flock", err)
 	}
-	d.exporter.changed.Store(true) // the last one may have stopped before it could write index.json
 	if holder != "" {
+		d.exporter.changed.Store(true)
 		d.checks.unclean = time.Now()
 	}
 	err = d.truncate(file, 0)
@@ -371,7 +371,7 @@ func (d *Disk) Close() error {
 	d.flushTags()
 	d.flushPulls()
 	var err error
-	if d.exporter.changed.Load() && d.index.Built() {
+	if d.exporter.changed.Load() && d.index.Built() { // else the next start does
 		err = d.export()
 	}
 	if d.checks.noted {

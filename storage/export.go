@@ -17,6 +17,7 @@ import (
 type exporter struct {
 	changed atomic.Bool // a tag names something else than index.json says
 	next    time.Time   // not before; only for the flush loop
+	begun   bool        // it was written since the start, too; what the last process wrote may be old
 
 	count, took, pause atomic.Int64 // for Usage
 }
@@ -24,9 +25,10 @@ type exporter struct {
 // exportIfDue writes index.json within a second of a change, but for no more than a hundredth of the
 // time.
 func (d *Disk) exportIfDue(now time.Time) {
-	if !d.exporter.changed.Load() || now.Before(d.exporter.next) || !d.index.Built() {
+	if !d.exporter.changed.Load() && d.exporter.begun || now.Before(d.exporter.next) || !d.index.Built() {
 		return
 	}
+	d.exporter.begun = true
 	begun, pause := time.Now(), time.Second
 	if err := d.export(); err != nil {
 		d.log.Warn("cannot write index.json", "err", err)

@@ -19,6 +19,7 @@ import (
 func TestTrouble(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t, t.TempDir())
+		synctest.Wait() // for what begins with the store
 		var lines bytes.Buffer
 		d.log = slog.New(slog.NewTextHandler(&lines, nil))
 		raw, dgst := content(1000)
