@@ -433,7 +433,7 @@ func TestFilesRemovedBehindItsBack(t *testing.T) {
 	if err := errors.Join(os.Remove(filepath.Join(dir, "blobs", "sha256", p.m.Digest.Encoded())), d.Close()); err != nil {
 		t.Fatal(err)
 	}
-	d = bounded(t, dir, 1<<30)
+	bounded(t, dir, 1<<30)
 	if _, err := os.Stat(filepath.Join(dir, "records", app.Registry, app.Name, "_tags", "latest")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a record points at a manifest that is not stored: %v", err)
 	}

@@ -46,7 +46,10 @@ func (d *Disk) scrubLoop(ctx context.Context, rateLimit int64) {
 
 // scrub verifies a file if that is due. Only ctx makes it return an error.
 func (d *Disk) scrub(ctx context.Context, dgst digest.Digest, info fs.FileInfo, limiter *rate.Limiter) error {
-	for d.Trouble() != nil && wait(ctx, scrubTrouble) {
+	for d.Trouble() != nil {
+		if !wait(ctx, scrubTrouble) {
+			break
+		}
 	}
 	if d.trusts(info) && time.Since(info.ModTime()) <= scrubAge {
 		return limiter.WaitN(ctx, scrubLook)

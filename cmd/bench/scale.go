@@ -200,7 +200,10 @@ func (m *mirror) measureEviction(ctx context.Context, s *samples, data, measure 
 		return err
 	}
 	start, gone := time.Now(), d.Usage().Evicted
-	for d.Usage().Evicted < images && time.Since(start) < time.Minute && wait(ctx, 10*time.Millisecond) {
+	for d.Usage().Evicted < images && time.Since(start) < time.Minute {
+		if !wait(ctx, 10*time.Millisecond) {
+			break
+		}
 	}
 	if left := d.Usage().Evicted - gone; left > 0 {
 		s.add(measure, m, milliseconds(time.Since(start))/float64(left))
