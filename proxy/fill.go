@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 
+	"breakwater/pkg/config"
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
@@ -16,8 +17,32 @@ import (
 
 // fills are the downloads in flight.
 type fills struct {
-	mu   sync.Mutex // guards open
-	open map[fillKey]*fill
+	mu      sync.Mutex // guards what follows
+	open    map[fillKey]*fill
+	running map[string]slots // by registry
+}
+
+// maxFills is how many fills of a registry go on at a time: each takes about half a megabyte of memory
+// (FAULTS F59). Others wait for their turn. One registry that hangs takes none from another one.
+const maxFills = 256
+
+// turns are those of the fill's registry. Registries that only any_registry lets in share theirs.
+func (fs *fills) turns(configured map[string]config.Registry, f *fill) slots {
+	f.mu.Lock()
+	registry := f.sources[0].ref.Registry // it has one from the start
+	f.mu.Unlock()
+	if _, ok := configured[registry]; !ok {
+		registry = ""
+	}
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if fs.running == nil {
+		fs.running = map[string]slots{}
+	}
+	if fs.running[registry] == nil {
+		fs.running[registry] = make(slots, maxFills)
+	}
+	return fs.running[registry]
 }
 
 // fillKey says who shares a fill: everybody who wants the digest, but of a private repository only
@@ -124,6 +149,12 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 	defer m.completions.filled(f)
 	defer m.leaveFill(f)
 	defer f.end(errPanicked) // if nothing else has ended it, a panic has
+	turns := m.fills.turns(m.cfg.Load().Registries, f)
+	if err := turns.take(ctx); err != nil {
+		f.end(err)
+		return
+	}
+	defer turns.leave()
 	for {
 		sources := f.take()
 		if sources == nil {

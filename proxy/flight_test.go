@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -295,6 +296,40 @@ func TestF65SlowClient(t *testing.T) {
 			})
 		})
 	}
+}
+
+// More fills than have room in memory wait for their turn; those of another registry have theirs.
+func TestF59FillsTakeTurns(t *testing.T) {
+	bubble(t, oneUpstream, func(r *rig) {
+		hub := registrytest.New(registrytest.Config{})
+		hub.Serve(r, r.network, "hub.test:80")
+		other := hub.PutBlob("library/app", bigLayer.Bytes).String()
+		var most, now atomic.Int64
+		r.quay.Fault(gets, func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+			most.Store(max(most.Load(), now.Add(1)))
+			defer now.Add(-1)
+			time.Sleep(4 * time.Second)
+			next.ServeHTTP(w, req)
+		})
+		var clients sync.WaitGroup
+		for i := range maxFills + 20 {
+			layer := registrytest.Layer(uint64(1000+i), 1<<10)
+			dgst := r.quay.PutBlob("org/app", layer)
+			clients.Go(func() {
+				if got := r.serve(app + "/blobs/" + dgst.String()); got.StatusCode != 200 {
+					r.Errorf("%s: %d", dgst, got.StatusCode)
+				}
+			})
+		}
+		time.Sleep(time.Second)
+		if got := r.get("/v2/docker.io/app/blobs/"+other).want(r, 200); got.took > 0 {
+			r.Errorf("another registry's blob waited for %v", got.took)
+		}
+		clients.Wait()
+		if n := most.Load(); n != maxFills {
+			r.Errorf("%d at a time, want %d", n, maxFills)
+		}
+	})
 }
 
 func TestF66ClientHangsUp(t *testing.T) {

@@ -62,6 +62,9 @@ type leaving struct {
 func (x *index) Oldest(kept []digest.Digest, out map[string]bool) (victim, bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if !x.built {
+		return victim{}, false
+	}
 	keep := map[id]bool{}
 	for _, dgst := range kept {
 		if i, ok := x.find(dgst); ok {

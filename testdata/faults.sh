@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "$0")/.."
 failed=0
-for row in F30 F31 F34 F38 F45 F65 H17; do
+for row in F30 F31 F34 F38 F45 F59 F65 H17; do
 	if said=$(FAULTS=full go test -count=1 -timeout 60m -v -run "^Test$row" ./cmd/breakwater 2>&1); then
 		echo "$said" | sed -n "s/^ *[a-z_]*_test\.go:[0-9]*: \($row.*\)/\1/p; s/^ *--- SKIP: /skipped: /p"
 	else

@@ -255,3 +255,53 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-time.After(d):
 	}
 }
+
+// TestF59Memory has many clients pull as many blobs at once from an upstream that takes a while. All get
+// theirs, and the mirror's memory stays within 256 MiB.
+func TestF59Memory(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	n := sized(200, 2000)
+	reg := registrytest.New(registrytest.Config{})
+	reg.Fault(registrytest.Match{Kind: registrytest.KindBlob}, registrytest.Delay(sized(2*time.Second, 500*time.Millisecond)))
+	l, err := h.listen(upstreamAddr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := registrytest.Serve(l, reg)
+	t.Cleanup(func() { _ = server.Close() })
+	m := h.serve(t, mirrored)
+	var clients sync.WaitGroup
+	for i := range n {
+		layer := registrytest.Layer(uint64(5900+i), 256<<10)
+		dgst := reg.PutBlob("org/app", layer)
+		clients.Go(func() {
+			for range 10 { // as clients do that are told to come back
+				got, err := h.ask(http.MethodGet, "http://"+mirrorAddr+"/v2/quay.io/org/app/blobs/"+dgst.String())
+				if err == nil && got.status == http.StatusOK && got.body == string(layer) {
+					return
+				}
+				if err != nil || got.status != http.StatusServiceUnavailable {
+					t.Errorf("%s: %d, %v", dgst, got.status, err)
+					return
+				}
+			}
+			t.Errorf("%s could not be had", dgst)
+		})
+	}
+	clients.Wait()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	var kilobytes int
+	if _, err := fmt.Sscan(peak, &kilobytes); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("F59: %d pulls at once, at most %d MiB", n, kilobytes>>10)
+	if kilobytes > 256<<10 {
+		t.Errorf("%d KiB of memory", kilobytes)
+	}
+	m.stop(t)
+}

@@ -252,6 +252,53 @@ func TestH16IdleConnections(t *testing.T) {
 	})
 }
 
+// Two thousand half-open headers are closed within five seconds and keep no real client out; beyond the
+// cap, connections are closed at once.
+func TestF67Slowloris(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		network := registrytest.NewNetwork()
+		defer network.Close()
+		l, err := network.Listen("localhost:5000")
+		if err != nil {
+			t.Fatal(err)
+		}
+		runServer(t, l, newMirror(t, dir))
+		var half []*slowly
+		for range 2000 {
+			s := connect(t, network, "localhost:5000")
+			s.send("GET /v2/ HTTP/1.1\r\nX: ")
+			half = append(half, s)
+		}
+		connect(t, network, "localhost:5000").ask() // a real client
+		for _, s := range half {
+			s.closed(readHeaderTimeout)
+		}
+	})
+	server := newServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	for range maxConnections {
+		server.ConnState(ours, http.StateNew)
+	}
+	open := func() bool {
+		_ = theirs.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		_, err := theirs.Read([]byte{0})
+		return errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	if !open() {
+		t.Error("closed below the cap")
+	}
+	server.ConnState(ours, http.StateClosed)
+	server.ConnState(ours, http.StateNew)
+	if !open() {
+		t.Error("closed though another one has gone")
+	}
+	if server.ConnState(ours, http.StateNew); open() {
+		t.Error("open beyond the cap")
+	}
+}
+
 func TestH17NoHTTP2InTheClear(t *testing.T) {
 	l := loopback(t)
 	runServer(t, l, newMirror(t, t.TempDir()))

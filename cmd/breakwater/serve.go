@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -31,6 +32,9 @@ const (
 	writeTimeout      = 60 * time.Second
 	idleTimeout       = 120 * time.Second
 	maxHeaderBytes    = 64 << 10
+	// maxConnections is how many there are at a time. Those over it are closed at once: clients go on to
+	// their next registry, and who holds connections for nothing loses them within seconds.
+	maxConnections = 8192
 	// gcPercent lets garbage grow to three times what is live, which is some megabytes: a collection
 	// each hundred requests costs more than it frees.
 	gcPercent = 300
@@ -218,12 +222,19 @@ func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 	// Clients open connections that they may never use. Shutdown would wait five seconds for their
 	// first request, while nobody can connect.
 	var unused sync.Map
+	var connections atomic.Int64
 	server.ConnState = func(conn net.Conn, state http.ConnState) {
-		if state == http.StateNew {
+		switch state {
+		case http.StateNew:
 			unused.Store(conn, nil)
-		} else {
-			unused.Delete(conn)
+			if connections.Add(1) > maxConnections {
+				_ = conn.Close()
+			}
+			return
+		case http.StateClosed, http.StateHijacked:
+			connections.Add(-1)
 		}
+		unused.Delete(conn)
 	}
 	server.RegisterOnShutdown(func() {
 		unused.Range(func(conn, _ any) bool {
