@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -148,8 +148,22 @@ func TestSkopeoReadsTheFolder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.CommandContext(t.Context(), skopeo, "inspect", "oci:"+dir+":quay.io/org/app:v1.0").CombinedOutput()
-	if err != nil || !strings.Contains(string(out), m.Digest.String()) {
-		t.Errorf("%v\n%s", err, out)
+	for _, state := range []string{"open", "closed"} {
+		to := t.TempDir()
+		out, err := exec.CommandContext(t.Context(), skopeo, "--insecure-policy", "copy", "oci:"+dir+":quay.io/org/app:v1.0", "dir:"+to).CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", state, err, out)
+		}
+		if raw, err := os.ReadFile(filepath.Join(to, "manifest.json")); err != nil || string(raw) != string(m.Raw) {
+			t.Errorf("%s: copied %q, %v", state, raw, err)
+		}
+		if raw, err := os.ReadFile(filepath.Join(to, dgst.Encoded())); err != nil || string(raw) != string(config) {
+			t.Errorf("%s: copied %q, %v", state, raw, err)
+		}
+		if state == "open" {
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
