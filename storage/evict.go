@@ -209,6 +209,13 @@ func (x *index) Over(capacity int64) int64 {
 	return x.used + x.reserved - capacity
 }
 
+// Used is how many bytes are stored.
+func (x *index) Used() int64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.used
+}
+
 // spared is the policy as it stands: what is kept, and who is out.
 func (d *Disk) spared() (kept []digest.Digest, out map[string]bool) {
 	p := d.policy.Load()
@@ -346,7 +353,7 @@ func (d *Disk) makeRoom(n int64) error {
 			continue
 		}
 		over := d.index.Over(hard) + n
-		if over > d.index.Over(0) || d.evict(over, "capacity") == 0 { // nothing goes in vain
+		if over > d.index.Used() || d.evict(over, "capacity") == 0 { // nothing goes in vain
 			return syscall.ENOSPC
 		}
 	}
@@ -363,7 +370,7 @@ func (d *Disk) makeRoom(n int64) error {
 // not make up for it.
 func (d *Disk) lacks(n int64) int64 {
 	lacks := max(n-d.free(), 0)
-	if lacks > d.index.Over(0) {
+	if lacks > d.index.Used() {
 		return 0
 	}
 	return lacks

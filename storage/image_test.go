@@ -217,7 +217,7 @@ func TestHasRoom(t *testing.T) {
 	if !d.HasRoom(1<<20) || d.HasRoom(1<<30+1) {
 		t.Errorf("1 MiB: %v; over capacity: %v", d.HasRoom(1<<20), d.HasRoom(1<<30+1))
 	}
-	d.capacity = 1 << 62
+	d = bounded(t, t.TempDir(), 1<<62)
 	if d.HasRoom(1 << 61) {
 		t.Error("more than the disk has")
 	}

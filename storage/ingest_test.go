@@ -393,7 +393,7 @@ func TestReservation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
+	defer func(d *Disk) { _ = d.Close() }(d)
 	raw, dgst := content(10_001)
 	if _, err := d.Ingest(app, dgst, int64(len(raw))); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("over the capacity: %v", err)
@@ -404,7 +404,7 @@ func TestReservation(t *testing.T) {
 		t.Errorf("over a tenth of the capacity: %v", err)
 	}
 	in.Abort(ErrTooLarge)
-	d.capacity = 1 << 50
+	d = bounded(t, t.TempDir(), 1<<50)
 	if _, err := d.Ingest(app, dgst, 8<<40); err != nil && !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("over the disk: %v", err)
 	}

@@ -47,7 +47,7 @@ func onDisk(t *testing.T, options string) *diskRig {
 		}
 	})
 	config := filepath.Join(t.TempDir(), "config.yaml")
-	text := fmt.Sprintf("registries: {quay.test: {upstreams: [{url: %q}]}}\ndefault_registry: quay.test\ncapacity: 1GiB\n", r.quay.Start(t).URL)
+	text := fmt.Sprintf("registries: {quay.test: {upstreams: [{url: %q}]}}\ndefault_registry: quay.test\ncapacity: 1GiB\nmin_free: 1B\ncompletion: {images: none}\n", r.quay.Start(t).URL)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -408,7 +408,7 @@ func TestF53ReadError(t *testing.T) {
 			}
 			stop()
 			r.eventually(dgst)
-			if kept, err := os.ReadDir(filepath.Join(r.disk, "data", "quarantine")); name != "and read-only" && (err != nil || len(kept) != 1) {
+			if kept, err := os.ReadDir(filepath.Join(r.disk, "data", "quarantine")); name != "and read-only" && (err != nil || len(kept) == 0) /* its successor may have failed too */ {
 				t.Errorf("in quarantine: %v, %v", kept, err)
 			}
 		})
