@@ -283,7 +283,7 @@ func (m *Mirror) logRequest(r *http.Request, t target, w *response, started time
 	level := slog.LevelInfo
 	if errors.Is(err, errClientGone) {
 		level = slog.LevelDebug
-	} else if w.status >= http.StatusInternalServerError || w.broken != nil {
+	} else if w.status >= http.StatusInternalServerError || w.broken != nil && !hungUp(w.broken) {
 		level = slog.LevelWarn
 	}
 	if !m.logger.Enabled(r.Context(), level) {

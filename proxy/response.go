@@ -2,10 +2,12 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -59,6 +61,11 @@ func unreadable(err error) bool {
 		}
 	}
 	return false
+}
+
+// hungUp reports whether a body ended short because its client has left.
+func hungUp(err error) bool {
+	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed) || errors.Is(err, context.Canceled)
 }
 
 func newResponse(w http.ResponseWriter, r *http.Request) *response {
