@@ -210,6 +210,7 @@ type vitals struct {
 	goroutines, files int
 	live              float64 // MiB on the heap, after a collection
 	rss, peak         float64 // MiB
+	underWay          float64 // fills, and images that are being completed or wait for it
 }
 
 func (m *mirror) vitals() (vitals, error) {
@@ -217,7 +218,8 @@ func (m *mirror) vitals() (vitals, error) {
 	if err != nil {
 		return vitals{}, err
 	}
-	v := vitals{goroutines: int(metrics["go_goroutines"]), live: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20)}
+	v := vitals{goroutines: int(metrics["go_goroutines"]), live: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20),
+		underWay: metrics["breakwater_fills"] + metrics["breakwater_completion_images"]}
 	proc := fmt.Sprintf("/proc/%d/", m.cmd.Process.Pid)
 	files, err := os.ReadDir(proc + "fd")
 	if err != nil {
@@ -243,8 +245,8 @@ func (m *mirror) vitals() (vitals, error) {
 }
 
 // restTime is how long it may take until nothing is under way any more: a fill that waits for its
-// source, or pauses before it tries again.
-const restTime = 40 * time.Second
+// source, or pauses before it tries again, or images that are completed behind, one fill at a time.
+const restTime = 100 * time.Second
 
 // atRest are the vitals once the clients have left and nothing is in flight. Idle connections to the
 // upstreams are no leak: they are cut first.
@@ -265,8 +267,9 @@ func (m *mirror) atRest(upstreams []*upstream) (vitals, error) {
 		if err != nil {
 			return vitals{}, err
 		}
-		if least.goroutines > 0 && v.goroutines >= least.goroutines && v.files >= least.files || time.Now().After(deadline) {
-			return least, nil // it has stopped falling
+		falls := least.goroutines == 0 || v.goroutines < least.goroutines || v.files < least.files
+		if !falls && v.underWay == 0 || time.Now().After(deadline) {
+			return least, nil
 		}
 		least = v
 	}
