@@ -251,6 +251,17 @@ const restTime = 100 * time.Second
 // atRest are the vitals once the clients have left and nothing is in flight. Idle connections to the
 // upstreams are no leak: they are cut first.
 func (m *mirror) atRest(upstreams []*upstream) (vitals, error) {
+	deadline := time.Now().Add(restTime)
+	for time.Now().Before(deadline) {
+		v, err := m.vitals()
+		if err != nil {
+			return vitals{}, err
+		}
+		if v.underWay == 0 {
+			break
+		}
+		time.Sleep(time.Second)
+	}
 	http.DefaultClient.CloseIdleConnections()
 	for _, u := range upstreams {
 		if err := errors.Join(u.close(), u.listen()); err != nil {
@@ -258,7 +269,7 @@ func (m *mirror) atRest(upstreams []*upstream) (vitals, error) {
 		}
 	}
 	var least vitals
-	for deadline := time.Now().Add(restTime); ; {
+	for {
 		if err := m.cmd.Process.Signal(syscall.SIGUSR2); err != nil {
 			return vitals{}, err
 		}
@@ -267,9 +278,8 @@ func (m *mirror) atRest(upstreams []*upstream) (vitals, error) {
 		if err != nil {
 			return vitals{}, err
 		}
-		falls := least.goroutines == 0 || v.goroutines < least.goroutines || v.files < least.files
-		if !falls && v.underWay == 0 || time.Now().After(deadline) {
-			return least, nil
+		if least.goroutines > 0 && v.goroutines >= least.goroutines && v.files >= least.files || time.Now().After(deadline) {
+			return least, nil // it has stopped falling
 		}
 		least = v
 	}
