@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashDir); dir != "" {
 		writeUntilKilled(dir)
 	}
-	_ = flag.Set("rapid.checks", "12") // each syncs hundreds of times; -rapid.checks=300 was run too
+	_ = flag.Set("rapid.checks", "12") // each syncs hundreds of times; -rapid.checks=100 was run too
 	goleak.VerifyTestMain(m)
 }
 

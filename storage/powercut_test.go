@@ -27,7 +27,7 @@ const (
 
 // A file system that is cut off in the middle of concurrent writing, as by a power cut, has all that was
 // reported stored, and nothing that is wrong. With BREAKWATER_TEST_NO_SYNC=1 the writer does not sync: the
-// test was seen to fail so in its first round, with blobs missing and with files of zeros.
+// test was seen to fail so in its first round: a blob was missing.
 func TestF46PowerCut(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
