@@ -33,15 +33,6 @@ type Policy struct {
 // Use makes the policy the one in force.
 func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
 
-// Usage tells what the store holds.
-func (d *Disk) Usage() Usage {
-	u := d.index.Usage()
-	u.Evicted, u.Capacity = d.evicted.Load(), d.capacity
-	u.Verified, u.Wrong = d.checks.verified.Load(), d.checks.wrong.Load()
-	u.Exports, u.ExportTime, u.ExportPause = d.exporter.count.Load(), time.Duration(d.exporter.took.Load()), time.Duration(d.exporter.pause.Load())
-	return u
-}
-
 // victim is an image on its way out, or content that no image needs.
 type victim struct {
 	dgst    digest.Digest

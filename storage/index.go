@@ -40,6 +40,9 @@ type index struct {
 	used     int64 // allocated bytes of what is stored, and of what is evicted but still open
 	reserved int64 // bytes of what is on its way, or parked
 	built    bool
+
+	counting sync.Mutex // guards counted; taken before mu
+	counted  counted
 }
 
 type (
@@ -411,46 +414,6 @@ func (x *index) Complete(dgst digest.Digest) (complete, ok bool) {
 	defer x.mu.Unlock()
 	i, known := x.find(dgst)
 	return known && x.complete(i), x.built
-}
-
-// Usage is what the store holds.
-type Usage struct {
-	Images   int   // that go by themselves: an index with all of its platforms is one
-	Complete int   // of them
-	Contents int   // blobs and manifests
-	Bytes    int64 // allocated on the disk
-	Reserved int64 // for what is on its way, or parked
-	Capacity int64 // what it may take; math.MaxInt64 is no bound
-	Evicted  int64 // images, since the start
-	Verified int64 // bytes that were hashed to see whether the disk still has them, since the start
-	Wrong    int64 // files that were quarantined, since the start
-	// index.json: how often it was written since the start, how long that took in all, and how long the
-	// last one has to be waited for.
-	Exports                 int64
-	ExportTime, ExportPause time.Duration
-	Built                   bool // false soon after a start: the figures are not whole yet
-}
-
-// Usage counts, a few images at a time: others need the lock too.
-func (x *index) Usage() Usage {
-	const atATime = 512
-	x.mu.Lock()
-	u := Usage{Contents: len(x.nodes) - len(x.freed), Bytes: x.used, Reserved: x.reserved, Built: x.built}
-	all := slices.Collect(maps.Keys(x.manifests))
-	x.mu.Unlock()
-	for some := range slices.Chunk(all, atATime) {
-		x.mu.Lock()
-		for _, i := range some {
-			if x.manifests[i] == nil || x.nodes[i].needed > 0 {
-				continue
-			}
-			if u.Images++; x.complete(i) {
-				u.Complete++
-			}
-		}
-		x.mu.Unlock()
-	}
-	return u
 }
 
 // named is a tag, and what it names.
