@@ -18,6 +18,9 @@ import (
 const (
 	// overCapacity is how far the capacity may be exceeded while eviction makes room: a twentieth.
 	overCapacity = 20
+	// evictedAtOnce is how many images lose their names before the first of them goes: that the names are gone
+	// has to be on the disk by then, which is half of what an eviction costs.
+	evictedAtOnce = 64
 	// minInodes is the part of a file system's inodes that is left free: a hundredth.
 	minInodes = 100
 	// diskLag is how long a file system may take to count what was deleted as free.
@@ -39,6 +42,7 @@ type victim struct {
 	tags    []tagKey  // whose records name it, or what goes with it
 	content []leaving // manifests before what they need
 	bytes   int64
+	free    int64 // of them, once the files are gone: nobody reads those
 }
 
 // leaving is one file on its way out, and who has records of it.
@@ -123,6 +127,7 @@ func (x *index) Take(dgst digest.Digest) (victim, bool) {
 func (x *index) takeOut(i id) victim {
 	v := victim{dgst: x.digest(i)}
 	x.take(i, &v)
+	x.leaving += v.free
 	return v
 }
 
@@ -144,7 +149,7 @@ func (x *index) take(i id, v *victim) {
 	}
 	if x.nodes[i].bytes > 0 {
 		v.bytes += x.nodes[i].bytes
-		x.vanish(i)
+		v.free += x.vanish(i)
 		v.content = append(v.content, l)
 	}
 	if m != nil {
@@ -182,18 +187,27 @@ func (x *index) Registries() map[string]bool {
 	return all
 }
 
+// Left notes that the files of what was taken out are gone.
+func (x *index) Left(victims []victim) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, v := range victims {
+		x.leaving -= v.free
+	}
+}
+
 // Reserve counts n more bytes as on their way, unless that exceeds limit.
 func (x *index) Reserve(n, limit int64) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if n > 0 && x.used+x.reserved > limit-n {
+	if n > 0 && x.used+x.leaving+x.reserved > limit-n {
 		return false
 	}
 	x.reserved += n
 	return true
 }
 
-// Over is how many bytes have to go.
+// Over is how many bytes have to go, besides those that are about to.
 func (x *index) Over(capacity int64) int64 {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -232,57 +246,73 @@ func (d *Disk) spared() (kept []digest.Digest, out map[string]bool) {
 	return kept, out
 }
 
-// evict makes images go until so many bytes are freed, and returns how many were. No stripe is held.
+// evict makes images go until so many bytes are freed, and returns how many were. No stripe is held. It waits
+// for others that do the same, also to free nothing.
 func (d *Disk) evict(bytes int64, why string) (freed int64) {
 	d.evicting.Lock()
 	defer d.evicting.Unlock()
 	d.index.Pulled(d.manifests.untold())
 	kept, out := d.spared()
 	for freed < bytes {
-		v, ok := d.index.Oldest(kept, out)
-		if !ok {
-			break
+		var victims []victim
+		for freed < bytes && len(victims) < evictedAtOnce {
+			v, ok := d.index.Oldest(kept, out)
+			if !ok {
+				bytes = freed // no more can go
+				break
+			}
+			freed += v.bytes
+			d.evicted.Add(1)
+			d.log.Info("evicted", "digest", v.dgst, "tags", len(v.tags), "files", len(v.content), "size", v.bytes, "reason", why)
+			victims = append(victims, v)
 		}
-		freed += v.bytes
-		d.evicted.Add(1)
-		d.log.Info("evicted", "digest", v.dgst, "tags", len(v.tags), "files", len(v.content), "size", v.bytes, "reason", why)
-		d.delete(v)
+		d.delete(victims...)
 	}
 	return freed
 }
 
-// delete removes the files of what was taken out of the index: names first, so that no record ever points
-// at a manifest that is not stored. What cannot be removed is found again at the next start.
-func (d *Disk) delete(v victim) {
+// delete removes the files of what was taken out of the index: the names of all first, so that no record ever
+// points at a manifest that is not stored. What cannot be removed is found again at the next start.
+func (d *Disk) delete(victims ...victim) {
+	defer d.index.Left(victims)
 	var err error
 	folders := map[string]bool{}
-	for _, key := range v.tags {
-		err = errors.Join(err, d.dropFromTag(key))
-		folders[path.Join(d.records.path, path.Dir(key.record()))] = true
+	for _, v := range victims {
+		for _, key := range v.tags {
+			err = errors.Join(err, d.dropFromTag(key))
+			folders[path.Join(d.records.path, path.Dir(key.record()))] = true
+		}
 	}
 	for folder := range folders {
 		err = errors.Join(err, d.syncFolder(folder))
 	}
-	for _, l := range v.content {
-		name := d.blobName(l.dgst)
-		err = errors.Join(err, d.removeUnlessBack(l.dgst, d.root, name))
-		if len(l.manifests) > 0 {
-			d.manifests.remove(l.dgst)
-		}
-		records := []string{publicRecord(l.dgst), originRecord(l.dgst)}
-		for _, repo := range l.manifests {
-			records = append(records, manifestRecord(repo, l.dgst))
-		}
-		for _, repo := range l.blobs {
-			records = append(records, blobRecord(repo, l.dgst))
-		}
-		for _, record := range records {
-			err = errors.Join(err, d.removeUnlessBack(l.dgst, d.records, record))
+	for _, v := range victims {
+		for _, l := range v.content {
+			err = errors.Join(err, d.deleteContent(l))
 		}
 	}
 	if err != nil {
-		d.log.Warn("cannot remove all of what was evicted", "digest", v.dgst, "err", err)
+		d.log.Warn("cannot remove all of what was evicted", "images", len(victims), "err", err)
 	}
+}
+
+// deleteContent removes content, and then what is known of it.
+func (d *Disk) deleteContent(l leaving) error {
+	err := d.removeUnlessBack(l.dgst, d.root, d.blobName(l.dgst))
+	if len(l.manifests) > 0 {
+		d.manifests.remove(l.dgst)
+	}
+	records := []string{publicRecord(l.dgst), originRecord(l.dgst)}
+	for _, repo := range l.manifests {
+		records = append(records, manifestRecord(repo, l.dgst))
+	}
+	for _, repo := range l.blobs {
+		records = append(records, blobRecord(repo, l.dgst))
+	}
+	for _, record := range records {
+		err = errors.Join(err, d.removeUnlessBack(l.dgst, d.records, record))
+	}
+	return err
 }
 
 // removeUnlessBack removes a file, unless its content has been stored again since it was taken out.
@@ -343,8 +373,8 @@ func (d *Disk) makeRoom(n int64) error {
 		if d.dropOldest() {
 			continue
 		}
-		over := d.index.Over(hard) + n
-		if over > d.index.Used() || d.evict(over, "capacity") == 0 { // nothing goes in vain
+		over := d.index.Over(hard) + n                                           // not positive while what makes room is being removed
+		if over > d.index.Used() || d.evict(over, "capacity") == 0 && over > 0 { // nothing goes in vain
 			return syscall.ENOSPC
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -239,6 +240,86 @@ func TestEvictsWhatBelongsTogether(t *testing.T) {
 				t.Errorf("%+v, on the disk are %d bytes", u, onDisk(t, d))
 			}
 		})
+	}
+}
+
+// Of the images that go together, none of the files goes before the names of all have gone for good, which
+// takes one sync of their folder.
+func TestEvictionTakesNamesFirst(t *testing.T) {
+	d := bounded(t, t.TempDir(), 1<<30)
+	const images = evictedAtOnce + 1
+	for i := range images {
+		own, _ := content(1000)
+		layers(t, d, app, fmt.Sprint("v", i), own)
+	}
+	var calls []string
+	fault := func(c, name string) error {
+		switch {
+		case c == string(callRemove) && strings.Contains(name, "_tags/"):
+			calls = append(calls, "name")
+		case c == string(callSync) && strings.HasSuffix(name, "_tags"):
+			calls = append(calls, "sync")
+		case c == string(callRemove) && strings.HasPrefix(name, "blobs/"):
+			calls = append(calls, "file")
+		}
+		return nil
+	}
+	d.fault.Store(&fault)
+	d.evict(1<<40, "test")
+	d.fault.Store(nil)
+	want := slices.Repeat([]string{"name"}, evictedAtOnce)
+	want = append(append(want, "sync"), slices.Repeat([]string{"file"}, 2*evictedAtOnce)...)
+	want = append(want, "name", "sync", "file", "file")
+	if !slices.Equal(calls, want) {
+		t.Errorf("%v", calls)
+	}
+}
+
+// What is evicted takes its space until its files are gone, and who needs that waits for it: nothing else goes
+// in its place.
+func TestEvictedSpaceIsNotGivenAwayBeforeItIsFree(t *testing.T) {
+	const capacity = 20 << 20
+	d := bounded(t, t.TempDir(), capacity)
+	var images []pulled
+	for i := range 2 {
+		own, _ := content(9 << 20)
+		images = append(images, layers(t, d, app, fmt.Sprint("v", i), own))
+	}
+	removing, proceed := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	fault := func(c, name string) error {
+		if c == string(callRemove) && strings.HasPrefix(name, "blobs/") {
+			once.Do(func() {
+				close(removing)
+				<-proceed
+			})
+		}
+		return nil
+	}
+	d.fault.Store(&fault)
+	var work sync.WaitGroup
+	work.Go(func() { d.evict(1, "test") })
+	<-removing
+	if u := d.Usage(); u.Bytes != onDisk(t, d) {
+		t.Errorf("%+v, on the disk are %d bytes", u, onDisk(t, d))
+	}
+	if d.index.Reserve(9<<20, capacity) {
+		t.Error("what is still on the disk was given away")
+	}
+	made := make(chan error, 1)
+	work.Go(func() { made <- d.makeRoom(9 << 20) })
+	select {
+	case err := <-made:
+		t.Errorf("room was made of what is still on the disk: %v", err)
+	case <-time.After(10 * time.Millisecond):
+	}
+	close(proceed)
+	work.Wait()
+	if err := <-made; err != nil || images[0].there(t, d) || !images[1].there(t, d) {
+		t.Errorf("%v, or not the older one is gone", err)
+	}
+	if u := d.Usage(); u.Bytes != onDisk(t, d) || u.Reserved != 9<<20 || u.Evicted != 1 {
+		t.Errorf("%+v, on the disk are %d bytes", u, onDisk(t, d))
 	}
 }
 

@@ -38,6 +38,7 @@ type index struct {
 	tags      map[tagKey]tagged // what each record names
 
 	used     int64 // allocated bytes of what is stored, and of what is evicted but still open
+	leaving  int64 // those of what was taken out, while its files are there
 	reserved int64 // bytes of what is on its way, or parked
 	built    bool
 
@@ -344,16 +345,18 @@ func (x *index) Gone(dgst digest.Digest) {
 	}
 }
 
-// vanish takes a node's space away, at once or when the last reader closes it.
-func (x *index) vanish(i id) {
+// vanish takes a node's space away, at once or when the last reader closes it, and returns what was at once.
+func (x *index) vanish(i id) (free int64) {
 	n := &x.nodes[i]
 	if n.open != nil {
 		n.open.unlinked, n.open = n.bytes, nil
 	} else {
-		x.used -= n.bytes
+		free = n.bytes
+		x.used -= free
 	}
 	n.bytes = 0
 	x.order.Remove(i)
+	return free
 }
 
 // Open counts a reader of stored content; it calls Close on what is returned.

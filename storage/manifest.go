@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,6 +37,9 @@ type manifestKey struct {
 type manifestCache struct {
 	entries *lru.Cache[manifestKey, oci.Manifest]
 	bytes   atomic.Int64
+
+	changing sync.Mutex                      // held while entries are added or removed; guards keys
+	keys     map[digest.Digest][]manifestKey // of entries
 
 	mu    sync.Mutex           // guards pulls
 	pulls map[manifestKey]pull // last ones that are not on the disk yet
@@ -177,10 +181,19 @@ func (d *Disk) flushPull(key manifestKey, at time.Time) error {
 }
 
 func newManifestCache() (*manifestCache, error) {
-	c := &manifestCache{pulls: map[manifestKey]pull{}}
+	c := &manifestCache{keys: map[digest.Digest][]manifestKey{}, pulls: map[manifestKey]pull{}}
 	var err error
-	c.entries, err = lru.NewWithEvict(manifestEntries, func(_ manifestKey, m oci.Manifest) { c.bytes.Add(-memory(m)) })
+	c.entries, err = lru.NewWithEvict(manifestEntries, c.removed)
 	return c, err
+}
+
+// removed is called for each entry that goes, by whoever makes it go.
+func (c *manifestCache) removed(key manifestKey, m oci.Manifest) {
+	c.bytes.Add(-memory(m))
+	keys := slices.DeleteFunc(c.keys[key.dgst], func(k manifestKey) bool { return k == key })
+	if c.keys[key.dgst] = keys; len(keys) == 0 {
+		delete(c.keys, key.dgst)
+	}
 }
 
 // memory is about how many bytes a manifest takes.
@@ -192,8 +205,11 @@ func (c *manifestCache) add(key manifestKey, m oci.Manifest) {
 	if memory(m) > manifestMemory/4 {
 		return
 	}
+	c.changing.Lock()
+	defer c.changing.Unlock()
 	if known, _ := c.entries.ContainsOrAdd(key, m); !known {
 		c.bytes.Add(memory(m))
+		c.keys[key.dgst] = append(c.keys[key.dgst], key)
 	}
 	for c.bytes.Load() > manifestMemory {
 		c.entries.RemoveOldest()
@@ -201,10 +217,10 @@ func (c *manifestCache) add(key manifestKey, m oci.Manifest) {
 }
 
 func (c *manifestCache) remove(dgst digest.Digest) {
-	for _, key := range c.entries.Keys() {
-		if key.dgst == dgst {
-			c.entries.Remove(key)
-		}
+	c.changing.Lock()
+	defer c.changing.Unlock()
+	for _, key := range slices.Clone(c.keys[dgst]) {
+		c.entries.Remove(key)
 	}
 }
 

@@ -192,6 +192,33 @@ func TestManifestMemoryIsBounded(t *testing.T) {
 	}
 }
 
+// A manifest is forgotten for all repositories, and what the cache drops by itself leaves nothing behind.
+func TestManifestIsForgottenEverywhere(t *testing.T) {
+	c, err := newManifestCache()
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone, stays := digest.FromString("gone"), digest.FromString("stays")
+	for _, repo := range []oci.Repository{app, other} {
+		for _, dgst := range []digest.Digest{gone, stays} {
+			c.add(manifestKey{repo, dgst}, oci.Manifest{Digest: dgst})
+		}
+	}
+	c.remove(gone)
+	for _, repo := range []oci.Repository{app, other} {
+		if c.entries.Contains(manifestKey{repo, gone}) || !c.entries.Contains(manifestKey{repo, stays}) {
+			t.Errorf("%s: %v", repo, c.entries.Keys())
+		}
+	}
+	for n := range manifestEntries + 10 {
+		dgst := digest.FromString(fmt.Sprint(n))
+		c.add(manifestKey{app, dgst}, oci.Manifest{Digest: dgst})
+	}
+	if len(c.keys) != manifestEntries || len(c.keys) != c.entries.Len() || c.keys[stays] != nil {
+		t.Errorf("%d digests, %d entries", len(c.keys), c.entries.Len())
+	}
+}
+
 func TestQuarantineForgetsManifests(t *testing.T) {
 	d := open(t, t.TempDir())
 	m, _ := image(t)

@@ -40,7 +40,7 @@ func (x *index) Usage() Usage {
 	defer x.mu.Unlock()
 	return Usage{
 		Images: images.all, Complete: images.complete, Contents: len(x.nodes) - len(x.freed),
-		Bytes: x.used, Reserved: x.reserved, Built: images.built,
+		Bytes: x.used + x.leaving, Reserved: x.reserved, Built: images.built,
 	}
 }
 
