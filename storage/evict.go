@@ -20,7 +20,7 @@ const (
 	overCapacity = 20
 	// evictedAtOnce is how many images lose their names before the first of them goes: that the names are gone
 	// has to be on the disk by then, which is half of what an eviction costs.
-	evictedAtOnce = 64
+	evictedAtOnce = 512
 	// minInodes is the part of a file system's inodes that is left free: a hundredth.
 	minInodes = 100
 	// diskLag is how long a file system may take to count what was deleted as free.
