@@ -67,12 +67,9 @@ func (b *builder) contents(ctx context.Context) error {
 				b.unknownFile(path.Join(in.path, e.Name()))
 				return nil
 			}
-			info, err := in.lstat(e.Name())
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
+			info, err := e.Info()
 			if err != nil {
-				return err
+				return ignoreAbsent(err)
 			}
 			b.index.Stored(dgst, allocated(info))
 			return b.step(ctx)
@@ -90,19 +87,24 @@ func (b *builder) unknownFile(name string) {
 	}
 }
 
-// note reads the records.
+// note reads the records. The way to each is short: from its folder, which is opened once.
 func (b *builder) note(ctx context.Context) error {
 	return b.eachRepository(func(repo oci.Repository, kind string) error {
-		return b.records.each(path.Join(repo.Registry, repo.Name, kind), func(e fs.DirEntry) error {
+		in, err := b.records.sub(path.Join(repo.Registry, repo.Name, kind))
+		if err != nil {
+			return err
+		}
+		defer in.root.Close()
+		return in.eachName(".", func(name string) error {
 			if err := b.step(ctx); err != nil {
 				return err
 			}
-			dgst := digestOf(e.Name())
+			dgst := digestOf(name)
 			switch {
-			case kind == "_tags" && oci.ValidTag(e.Name()):
-				return b.tagged(tagKey{repo, e.Name()})
+			case kind == "_tags" && oci.ValidTag(name):
+				return b.tagged(in, tagKey{repo, name})
 			case kind == "_manifests" && dgst != "":
-				return b.stored(repo, dgst)
+				return b.stored(in, repo, dgst)
 			case kind == "_blobs" && dgst != "" && b.index.Is(dgst):
 				b.index.Private(repo, dgst)
 			}
@@ -126,12 +128,12 @@ func digestOf(name string) digest.Digest {
 
 // stored notes a manifest that a repository has a record of. Its bytes are hashed, since they decide what
 // is evicted with it.
-func (b *builder) stored(repo oci.Repository, dgst digest.Digest) error {
+func (b *builder) stored(in folder, repo oci.Repository, dgst digest.Digest) error {
 	if !b.index.Is(dgst) {
 		return nil
 	}
 	var r record
-	if err := b.readRecord(manifestRecord(repo, dgst), &r); err != nil {
+	if err := b.readRecordIn(in, dgst.Encoded(), &r); err != nil {
 		return ignoreAbsent(err)
 	}
 	file, info, err := b.openFile(b.blobs[dgst.Algorithm()], dgst.Encoded())
@@ -139,8 +141,8 @@ func (b *builder) stored(repo oci.Repository, dgst digest.Digest) error {
 		return ignoreAbsent(err)
 	}
 	defer file.Close()
-	raw, err := io.ReadAll(io.LimitReader(file, min(info.Size(), oci.MaxManifest)))
-	if err != nil {
+	raw := make([]byte, min(info.Size(), oci.MaxManifest))
+	if err := b.readFull(file, raw); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return err
 	}
 	m, err := oci.ParseManifest("", raw, dgst.Algorithm())
@@ -155,13 +157,15 @@ func (b *builder) stored(repo oci.Repository, dgst digest.Digest) error {
 	return nil
 }
 
-func (b *builder) tagged(key tagKey) error {
+func (b *builder) tagged(in folder, key tagKey) error {
 	mu := b.writers.of(key.record())
 	mu.Lock()
 	defer mu.Unlock()
-	t, err := b.tag(key)
-	if err != nil {
-		return ignoreAbsent(err)
+	t, ok := b.tags.newest(key)
+	if !ok {
+		if err := b.readRecordIn(in, key.tag, &t); err != nil {
+			return ignoreAbsent(err)
+		}
 	}
 	b.index.Tagged(key, t)
 	if !b.index.Is(t.Current.Digest) {

@@ -633,6 +633,7 @@ func TestCallsOfAHit(t *testing.T) {
 	d := open(t, t.TempDir())
 	raw, _ := content(1000)
 	store(t, d, app, raw, anonymous)
+	built(t, d) // whose calls are not the hit's
 	calls := map[call]int{}
 	before := func(c, _ string) error {
 		calls[call(c)]++

@@ -175,24 +175,27 @@ func (d *Disk) writeRecord(name string, v storable) error {
 
 // readRecord decodes a record into v. A record that is not there, or cannot be read as one, is
 // fs.ErrNotExist.
-func (d *Disk) readRecord(name string, v storable) error {
-	file, info, err := d.openFile(d.records, name)
+func (d *Disk) readRecord(name string, v storable) error { return d.readRecordIn(d.records, name, v) }
+
+// readRecordIn is readRecord for who has opened a folder below records.
+func (d *Disk) readRecordIn(in folder, name string, v storable) error {
+	file, info, err := d.openFile(in, name)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
 	if info.Size() > maxRecord {
-		return d.quarantine(d.records, name, fmt.Errorf("is a record of %d bytes", info.Size()))
+		return d.quarantine(in, name, fmt.Errorf("is a record of %d bytes", info.Size()))
 	}
 	raw := make([]byte, info.Size())
 	if err := d.inTurn(func() error { return d.readFull(file, raw) }); err != nil {
 		if errors.Is(err, ErrBusy) {
 			return err
 		}
-		return d.quarantine(d.records, name, err) // it can be had again
+		return d.quarantine(in, name, err) // it can be had again
 	}
 	if err := decodeRecord(raw, v); err != nil {
-		return d.quarantine(d.records, name, err)
+		return d.quarantine(in, name, err)
 	}
 	return nil
 }

@@ -85,19 +85,26 @@ func (d *Disk) Tag(repo oci.Repository, tag string) (Tag, error) {
 
 // tag returns and remembers the newest record; its stripe is held.
 func (d *Disk) tag(key tagKey) (Tag, error) {
-	if t, ok := d.tags.entries.Get(key); ok {
+	if t, ok := d.tags.newest(key); ok {
 		return t, nil
 	}
-	d.tags.mu.Lock()
-	t, ok := d.tags.behind[key]
-	d.tags.mu.Unlock()
-	if !ok {
-		if err := d.readRecord(key.record(), &t); err != nil {
-			return Tag{}, err
-		}
+	var t Tag
+	if err := d.readRecord(key.record(), &t); err != nil {
+		return Tag{}, err
 	}
 	d.tags.entries.Add(key, t)
 	return t, nil
+}
+
+// newest returns a tag's record if it is held, and then the disk has none that is newer.
+func (c *tagCache) newest(key tagKey) (Tag, bool) {
+	if t, ok := c.entries.Get(key); ok {
+		return t, true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t, ok := c.behind[key]
+	return t, ok
 }
 
 // PutTag notes what a tag names. A change of a digest is durable before it returns, and refused with

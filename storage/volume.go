@@ -132,8 +132,21 @@ func (f folder) touch(name string, at time.Time) error {
 	return f.root.Chtimes(name, at, at)
 }
 
-// each calls do for all that is in a folder, in no order, without holding all of it.
+// each calls do for all that is in a folder, in no order, without holding all of it. What is known of each is
+// asked of the disk.
 func (f folder) each(name string, do func(fs.DirEntry) error) error {
+	return list(f, name, func(dir *os.File) ([]fs.DirEntry, error) { return dir.ReadDir(atATime) }, do)
+}
+
+// eachName is each for who needs no more than the names.
+func (f folder) eachName(name string, do func(string) error) error {
+	return list(f, name, func(dir *os.File) ([]string, error) { return dir.Readdirnames(atATime) }, do)
+}
+
+// atATime is how many entries of a folder are held.
+const atATime = 256
+
+func list[E any](f folder, name string, next func(dir *os.File) ([]E, error), do func(E) error) error {
 	dir, err := f.open(name)
 	if err != nil {
 		return err
@@ -143,7 +156,7 @@ func (f folder) each(name string, do func(fs.DirEntry) error) error {
 		if err := f.may(callList, name); err != nil {
 			return err
 		}
-		entries, err := dir.ReadDir(256)
+		entries, err := next(dir)
 		for _, e := range entries {
 			if err := do(e); err != nil {
 				return err
