@@ -9,9 +9,59 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
+
+// If the store cannot be looked through, that is tried again: something has to be able to go.
+func TestLooksThroughTheStoreAgain(t *testing.T) {
+	for name, fail := range map[string]func() error{
+		"error": func() error { return syscall.EIO },
+		"panic": func() error { panic("scripted") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir := t.TempDir()
+				d, err := Open(Config{Dir: dir})
+				if err != nil {
+					t.Fatal(err)
+				}
+				raw, _ := content(1000)
+				layers(t, d, app, "latest", raw)
+				if err := d.Close(); err != nil {
+					t.Fatal(err)
+				}
+				var failed atomic.Int64
+				fault := func(c, name string) error {
+					if c == string(callOpen) && strings.HasSuffix(name, "_manifests") && failed.Add(1) <= 2 {
+						return fail()
+					}
+					return nil
+				}
+				if d, err = Open(Config{Dir: dir, Fault: fault}); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(90 * time.Second)
+				synctest.Wait()
+				if failed.Load() != 2 || d.Usage().Built || d.evict(1, "test") != 0 {
+					t.Errorf("failed %d times; %+v", failed.Load(), d.Usage())
+				}
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				if u := d.Usage(); failed.Load() != 3 || !u.Built || u.Images != 1 || u.Complete != 1 || u.Contents != 2 || u.Bytes != onDisk(t, d) {
+					t.Errorf("failed %d times; %+v", failed.Load(), u)
+				}
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
 
 // A start waits for nothing: hits are right while the store is looked through, nothing is evicted before that
 // is done, and files that it has not written are left alone.

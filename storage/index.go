@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"cmp"
 	"encoding/hex"
 	"maps"
 	"math"
@@ -314,9 +315,12 @@ func (x *index) untag(key tagKey) {
 // registries knew referrers (distribution-spec, "Referrers Tag Schema"; cosign).
 func subjectOf(tag string) (digest.Digest, bool) {
 	algorithm, rest, ok := strings.Cut(tag, "-")
+	if !ok {
+		return "", false
+	}
 	encoded, _, _ := strings.Cut(rest, ".")
 	dgst, err := oci.ParseDigest(algorithm + ":" + encoded)
-	return dgst, ok && err == nil
+	return dgst, err == nil
 }
 
 // Pulled makes images the last to go.
@@ -475,29 +479,24 @@ func (x *index) Finish() {
 		}
 	}
 	x.built = true
-	var roots []id
-	for i := range x.nodes {
-		if x.nodes[i].bytes > 0 && x.nodes[i].needed == 0 {
-			x.refresh(id(i))
-			roots = append(roots, id(i))
-		}
+	type root struct {
+		id     id
+		pulled int64 // 0 if nobody has asked for it by an image
 	}
-	pulled := func(i id) int64 {
-		if m := x.manifests[i]; m != nil {
-			return m.pulled
+	var roots []root
+	for i, n := range x.nodes {
+		if n.bytes == 0 || n.needed > 0 {
+			continue
 		}
-		return 0 // nobody has asked for it by an image
+		x.refresh(id(i))
+		r := root{id: id(i)}
+		if m := x.manifests[r.id]; m != nil {
+			r.pulled = m.pulled
+		}
+		roots = append(roots, r)
 	}
-	slices.SortFunc(roots, func(a, b id) int {
-		switch pa, pb := pulled(a), pulled(b); {
-		case pa < pb:
-			return -1
-		case pa > pb:
-			return 1
-		}
-		return 0
-	})
-	for _, i := range roots {
-		x.order.Add(i, struct{}{})
+	slices.SortFunc(roots, func(a, b root) int { return cmp.Compare(a.pulled, b.pulled) })
+	for _, r := range roots {
+		x.order.Add(r.id, struct{}{})
 	}
 }
