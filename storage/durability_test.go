@@ -8,48 +8,53 @@ import (
 	"io/fs"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 )
 
 func TestF48FailedSyncIsNotRepeated(t *testing.T) {
 	broken := errors.New("input/output error")
-	for fails := 1; ; fails++ { // the first sync, then the second …, until none fails
-		d := open(t, t.TempDir())
-		calls := map[string]int{}
-		n := 0
-		d.on(callSync, func(name string) error {
-			calls[name]++
-			if n++; n == fails {
-				return broken
+	done := false
+	for fails := 1; !done; fails++ { // the first sync, then the second …, until none fails
+		synctest.Test(t, func(t *testing.T) { // where no time passes, and so nothing else is synced
+			d := open(t, t.TempDir())
+			calls := map[string]int{}
+			n := 0
+			d.on(callSync, func(name string) error {
+				calls[name]++
+				if n++; n == fails {
+					return broken
+				}
+				return nil
+			})
+			raw, dgst := content(3 * Withheld)
+			in := begin(t, d, dgst, int64(len(raw)))
+			b := reader(t, in)
+			write(t, in, raw)
+			err := commit(in, secret)
+			if n < fails {
+				if err != nil || fails < 4 {
+					t.Fatalf("%v after %d syncs", err, n)
+				}
+				wantBlob(t, d, app, raw)
+				done = true
+				return
 			}
-			return nil
+			if !errors.Is(err, broken) || errors.Is(err, ErrMismatch) {
+				t.Fatalf("sync %d: %v", fails, err)
+			}
+			if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, raw) {
+				t.Errorf("sync %d: the reader got %d bytes, %v", fails, len(got), err)
+			}
+			for name, count := range calls {
+				if count > 1 && filepath.Base(name) == in.name {
+					t.Errorf("sync %d: %s was synced %d times", fails, name, count)
+				}
+			}
+			if fails <= 2 && d.holds(dgst) {
+				t.Errorf("sync %d: stored", fails)
+			}
+			wantEmpty(t, d, "tmp")
 		})
-		raw, dgst := content(3 * Withheld)
-		in := begin(t, d, dgst, int64(len(raw)))
-		b := reader(t, in)
-		write(t, in, raw)
-		err := commit(in, secret)
-		if n < fails {
-			if err != nil || fails < 4 {
-				t.Fatalf("%v after %d syncs", err, n)
-			}
-			wantBlob(t, d, app, raw)
-			return
-		}
-		if !errors.Is(err, broken) || errors.Is(err, ErrMismatch) {
-			t.Fatalf("sync %d: %v", fails, err)
-		}
-		if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, raw) {
-			t.Errorf("sync %d: the reader got %d bytes, %v", fails, len(got), err)
-		}
-		for name, count := range calls {
-			if count > 1 && filepath.Base(name) == in.name {
-				t.Errorf("sync %d: %s was synced %d times", fails, name, count)
-			}
-		}
-		if fails <= 2 && d.holds(dgst) {
-			t.Errorf("sync %d: stored", fails)
-		}
-		wantEmpty(t, d, "tmp")
 	}
 }
 
