@@ -262,11 +262,11 @@ func (d *Disk) evict(bytes int64, why string) (freed int64) {
 				break
 			}
 			freed += v.bytes
-			d.evicted.Add(1)
 			d.log.Info("evicted", "digest", v.dgst, "tags", len(v.tags), "files", len(v.content), "size", v.bytes, "reason", why)
 			victims = append(victims, v)
 		}
 		d.delete(victims...)
+		d.evicted.Add(int64(len(victims)))
 	}
 	return freed
 }

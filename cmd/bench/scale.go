@@ -221,7 +221,7 @@ func open(ctx context.Context, data string, capacity int64) (*storage.Disk, erro
 		return nil, err
 	}
 	for start := time.Now(); !d.Usage().Built; {
-		if time.Since(start) > 5*time.Minute || !wait(ctx, 100*time.Millisecond) {
+		if time.Since(start) > 5*time.Minute || !wait(ctx, 10*time.Millisecond) {
 			return nil, errors.Join(errors.New("the store was not looked through in five minutes"), d.Close())
 		}
 	}
