@@ -5,8 +5,9 @@
 # that need it say so, and skip, or fail in CI.
 set -u
 
-packages='gcc libc6-dev docker.io containerd runc podman skopeo iptables iproute2 strace e2fsprogs nginx'
-bin=${XDG_CACHE_HOME:-$HOME/.cache}/breakwater-test/bin
+packages='gcc libc6-dev docker.io containerd runc podman skopeo iptables iproute2 strace e2fsprogs nginx mmdebstrap systemd systemd-container rpm'
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/breakwater-test
+bin=$cache/bin
 clients=$(dirname "$0")/containerd-client
 
 install_packages() {
@@ -51,4 +52,19 @@ containerd=github.com/containerd/containerd/v2/cmd
 build v0.22.1 github.com/google/go-containerregistry/cmd/crane
 build v2.4.2 $containerd/containerd $containerd/ctr $containerd/containerd-shim-runc-v2
 build v0.0.0-20260831232431-97274622c111 github.com/opencontainers/distribution-spec/conformance
+build v1.8.0 github.com/versity/versitygw/cmd/versitygw
 CGO_ENABLED=0 GOFLAGS='' go build -C "$clients" -o "$bin/containerd-client" .
+
+# A small Debian that packages are installed into, and that boots.
+debian=$cache/debian
+include=systemd,systemd-sysv,ca-certificates,cloud-init
+if [ "$(id -u)" = 0 ] && [ "$(cat "$debian/etc/breakwater-test" 2>/dev/null)" != "$include" ] && command -v mmdebstrap >/dev/null; then
+	echo "installing a Debian for tests: $include"
+	rm -rf "$debian"
+	# shellcheck disable=SC1091 # the system's
+	if said=$(mmdebstrap --variant=minbase --include="$include" "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$debian" 2>&1); then
+		echo "$include" >"$debian/etc/breakwater-test"
+	else
+		echo "$said" >&2
+	fi
+fi

@@ -21,7 +21,7 @@ import (
 // names. Bytes that one end writes are held, 64 KiB at most, until the other reads them.
 //
 // A host gets a name and a public address of its own when it is first mentioned by Listen or
-// SetLink; a dial to that address reaches the host.
+// SetLink; a dial to that address reaches the host. localhost is at 127.0.0.1, from where it is dialled too.
 type Network struct {
 	CA *CA // of the certificates that [Registry.Serve] takes for port 443
 
@@ -304,6 +304,9 @@ func (n *Network) connect(ctx context.Context, target string) (*conn, error) {
 	}
 	n.ports++
 	client := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 32768 + n.ports%28232}
+	if at, ok := l.addr.(*net.TCPAddr); ok && at.IP.IsLoopback() {
+		client.IP = at.IP
+	}
 	c := newCircuit(target, link, client, l.addr)
 	c.done = func() {
 		n.mu.Lock()
@@ -350,6 +353,10 @@ func (n *Network) place(address string) (netip.Addr, uint16, error) {
 func (n *Network) own(name string) (netip.Addr, error) {
 	if ip, known := n.addresses[name]; known {
 		return ip, nil
+	}
+	if name == "localhost" {
+		n.addresses[name] = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		return n.addresses[name], nil
 	}
 	// 198.51.100.0/24 is for documentation (RFC 5737): no guard takes it for private, and no packet
 	// that escaped would reach anybody.
