@@ -1,0 +1,144 @@
+package s3
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"breakwater/pkg/oci"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// minGrace is the shortest grace that Collect takes.
+	minGrace = 24 * time.Hour
+	// renewAfter is how old something may be that is relied on: whoever finds it has the rest of the
+	// grace to publish what needs it, whatever Collect was told.
+	renewAfter = minGrace / 2
+	// writeRaces is how often a write that came too late is tried again.
+	writeRaces = 5
+	raceWait   = 50 * time.Millisecond
+)
+
+// Content is what the fleet knows of a blob or a manifest that a repository may read.
+type Content struct {
+	Size        int64
+	MediaType   string    // of manifests
+	ConfirmedAt time.Time // by this host's clock
+	Upstream    string
+	Credential  string   // as in storage.Confirmation
+	Public      bool     // may be read through every repository
+	Parts       [][]byte // as Parts makes them
+}
+
+// content is Content as it is published: its time is the bucket's, and whether it is public is in the
+// record's name.
+type content struct {
+	Size        int64     `json:"size"`
+	MediaType   string    `json:"media_type,omitempty"`
+	ConfirmedAt time.Time `json:"confirmed_at"`
+	Upstream    string    `json:"upstream,omitempty"`
+	Credential  string    `json:"credential,omitempty"`
+	PartSize    int64     `json:"part_size,omitempty"` // of Parts; another one than ours is no use
+	Parts       [][]byte  `json:"parts,omitempty"`
+}
+
+func (c *content) check() error {
+	if c.Size < 0 || c.ConfirmedAt.IsZero() {
+		return fmt.Errorf("size is %d, confirmed at %s", c.Size, c.ConfirmedAt)
+	}
+	if c.PartSize != PartSize {
+		c.Parts = nil
+	}
+	if want := (c.Size + PartSize - 1) / PartSize; c.Parts != nil && int64(len(c.Parts)) != want {
+		return fmt.Errorf("%d parts of %d bytes", len(c.Parts), c.Size)
+	}
+	return nil
+}
+
+// Reach says which record Content asks for first.
+type Reach int
+
+// The ways to content.
+const (
+	PublicFirst  Reach = iota // the record for everybody
+	PrivateFirst              // the repository's own
+	PublicOnly                // the record for everybody, and no other
+)
+
+// Content says how a repository reaches a blob or a manifest: by the record for everybody, or by its
+// own. It is fs.ErrNotExist if there is none of those asked for, and has an answer within 2 s.
+func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.Digest, first Reach) (Content, error) {
+	ctx, cancel := b.bounded(ctx, headerLimit)
+	defer cancel()
+	names := []string{publicName(dgst), privateName(repo, dgst)}
+	switch first {
+	case PrivateFirst:
+		names[0], names[1] = names[1], names[0]
+	case PublicOnly:
+		names = names[:1]
+	}
+	for _, name := range names {
+		var c content
+		rec, err := b.read(ctx, name, "", &c)
+		if err != nil {
+			return Content{}, err
+		}
+		if rec.found && rec.wrong == nil {
+			return Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential, name == publicName(dgst), c.Parts}, nil
+		}
+	}
+	return Content{}, errNone(names[len(names)-1])
+}
+
+// PutContent publishes how a blob or a manifest is reached: by everybody if c is public, else by this
+// repository. A record that says the same already is left as it is, but renewed if Collect might
+// take it soon, or if it was signed with a key that is on its way out.
+func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst digest.Digest, c Content) error {
+	if err := b.writable(); err != nil {
+		return err
+	}
+	name := privateName(repo, dgst)
+	if c.Public {
+		name = publicName(dgst)
+	}
+	for range writeRaces {
+		done, err := b.putContent(ctx, name, c)
+		if done || err != nil && !lost(err) {
+			return err
+		}
+		if !pause(ctx, jitter(raceWait)) {
+			return context.Cause(ctx)
+		}
+	}
+	return fmt.Errorf("write %s: others write it all the time", name)
+}
+
+// putContent reports whether the record is there to stay.
+func (b *Bucket) putContent(ctx context.Context, name string, c Content) (bool, error) {
+	var old content
+	rec, err := b.read(ctx, name, "", &old)
+	if err != nil {
+		return false, err
+	}
+	same := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size && old.MediaType == c.MediaType && len(old.Parts) >= len(c.Parts)
+	aging := rec.found && b.old(rec.modified)
+	if same && !aging {
+		return true, nil
+	}
+	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, c.Parts}
+	if next.ConfirmedAt.IsZero() {
+		next.ConfirmedAt = b.clock.now()
+	}
+	if err := next.check(); err != nil {
+		return false, err
+	}
+	if _, err := b.write(ctx, name, &next, condition{rec.etag}); err != nil {
+		return false, err
+	}
+	if aging {
+		return b.survived(ctx, name)
+	}
+	return true, nil
+}
