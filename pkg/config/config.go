@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"fmt"
 	"os"
-	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -21,11 +20,12 @@ import (
 // Config is the whole configuration. Its comments are short: schema.json describes each key to those
 // who write a file.
 type Config struct {
-	Listen          string              `yaml:"listen"`                 // host:port of the registry API, loopback only
+	Listen          string              `yaml:"listen"`                 // host:port of the registry API; beyond loopback Access must say who may pull
 	Admin           string              `yaml:"admin"`                  // host:port of health and metrics
 	Control         string              `yaml:"control"`                // path of the unix socket for all that changes something; absolute once loaded
 	ServerNames     []string            `yaml:"server_names,omitempty"` // further names that clients may use as Host
 	TLS             TLS                 `yaml:"tls,omitempty"`          // the zero value serves plain HTTP
+	Access          Access              `yaml:"access,omitempty"`       // beyond loopback; the zero value lets nobody in there
 	Data            string              `yaml:"data"`                   // the store's folder; absolute once loaded
 	Capacity        Size                `yaml:"capacity"`               // of the store
 	MinFree         Size                `yaml:"min_free"`               // of the disk that the store leaves free; auto is 5 %, at most 5 GiB
@@ -38,7 +38,8 @@ type Config struct {
 	Tags            Tags                `yaml:"tags"`             // for all registries; ask TagsFor
 	Registries      map[string]Registry `yaml:"registries"`       // by the name that clients ask for
 	Completion      Completion          `yaml:"completion"`
-	Keep            []Keep              `yaml:"keep,omitempty"` // held complete and fresh, always
+	Keep            []Keep              `yaml:"keep,omitempty"`   // held complete and fresh, always
+	Shared          Shared              `yaml:"shared,omitempty"` // of the fleet; the zero value is none
 }
 
 // Completion says which images the mirror completes by itself, with what clients did not ask for.
@@ -250,24 +251,6 @@ func (t Tags) over(u Tags) Tags {
 		OnDenied:          cmp.Or(t.OnDenied, u.OnDenied),
 		OnNotFound:        cmp.Or(t.OnNotFound, u.OnNotFound),
 	}
-}
-
-// IsPublic reports whether a pattern of Public says that everybody may have this repository, whatever
-// credential it was fetched with. In a pattern `*` stands for any characters but a slash; a pattern
-// that ends in `*` also takes in all that lies below what it matches: quay.io/org/* holds
-// quay.io/org/app and quay.io/org/app/cache, but not quay.io/org.
-func (c *Config) IsPublic(repo oci.Repository) bool {
-	for _, pattern := range c.Public {
-		for name := repo.String(); name != "."; name = path.Dir(name) {
-			if ok, err := path.Match(pattern, name); ok && err == nil {
-				return true
-			}
-			if !strings.HasSuffix(pattern, "*") {
-				break
-			}
-		}
-	}
-	return false
 }
 
 // Show is the configuration in force as a file that Load accepts. It names the files of secrets, and

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"encoding"
 	"encoding/json"
 	"flag"
@@ -34,7 +35,7 @@ func folder(t *testing.T) string {
 	if err := os.CopyFS(dir, os.DirFS("testdata")); err != nil {
 		t.Fatal(err)
 	}
-	for name, mode := range map[string]os.FileMode{"good.pw": 0o600, "config.json": 0o600, "world.pw": 0o604, "group.pw": 0o640, "tls.crt": 0o644, "tls.key": 0o400, "empty.pw": 0o600} {
+	for name, mode := range map[string]os.FileMode{"good.pw": 0o600, "config.json": 0o600, "world.pw": 0o604, "group.pw": 0o640, "tls.crt": 0o644, "tls.key": 0o400, "empty.pw": 0o600, "fleet.key": 0o600} {
 		file := filepath.Join(dir, name)
 		if err := os.WriteFile(file, []byte("hunter2"), 0o600); err != nil {
 			t.Fatal(err)
@@ -313,7 +314,7 @@ func TestIsPublic(t *testing.T) {
 		"quay.io/org/base": true, "quay.io/org/sub/base": false, "quay.io/org/base/more": false,
 		"ghcr.io/org/golang": true, "ghcr.io/org/golang/cache": true, "ghcr.io/org/rust": false,
 		"gcr.io/one/app": true, "gcr.io/one/app/sub": false, "gcr.io/one/apps": false,
-		"a.example.com/x/y": true, "example.com/x": false,
+		"a.example.com/x/y": true, "example.com/x": false, "": false, "/": false, "docker.io/": false,
 	} {
 		registry, rest, _ := strings.Cut(name, "/")
 		if got := c.IsPublic(oci.Repository{Registry: registry, Name: rest}); got != want {
@@ -327,7 +328,7 @@ func everything(t *testing.T) (dir, text string) {
 	dir = folder(t)
 	text = uncommented()
 	for from, to := range map[string]string{"tls/server.crt": "tls.crt", "tls/server.key": "tls.key", "secrets/registry.example.com": "good.pw", "secrets/config.json": "config.json",
-		"tls/ca.crt": "tls.crt", "tls/client.crt": "tls.crt", "tls/client.key": "tls.key"} {
+		"secrets/fleet.key": "fleet.key", "\n  htpasswd: secrets/htpasswd": "", "tls/token-keys.json": "tls.crt", "tls/clients.crt": "tls.crt", "tls/ca.crt": "tls.crt", "tls/client.crt": "tls.crt", "tls/client.key": "tls.key"} {
 		if !strings.Contains(text, from) {
 			t.Fatalf("the example does not name %s", from)
 		}
@@ -412,13 +413,21 @@ func fits(t *testing.T, text []byte) error {
 }
 
 func TestSchemaRefusesWhatLoadRefuses(t *testing.T) {
-	for _, text := range []string{"shared: []", "completion: {images: some}", "completion: {bytes_per_day: auto}", "completion: {bytes_per_day: 10%}", "keep: [{platforms: [linux/amd64]}]",
+	key := filepath.Join(folder(t), "fleet.key")
+	for _, text := range []string{"access: []", "access: {loopback: asked}", "access: {anonymous: true, htpasswd: KEY, loopback: asked}", "access: {anonymous: true, loopback: shut}", "access: {htpasswd: KEY, loopback: asked, token: {realm: 'https://a/t', service: s, issuer: i, keys_file: KEY}}",
+		"access: {loopback: asked, token: {realm: 'https://a/t', service: s, issuer: i}}", "access: {loopback: asked, token: {realm: 'https://u:p@a/t', service: s, issuer: i, keys_file: KEY}}", "access: {loopback: asked, token: {realm: 'https://a/t', service: 'a b', issuer: i, keys_file: KEY}}",
+		"access: {htpasswd: KEY, loopback: asked, rules: [{repositories: [docker.io/library/*]}]}", "access: {htpasswd: KEY, loopback: asked, rules: [{repositories: [x], allow: [ci]}]}", "access: {htpasswd: KEY, loopback: asked, rules: [{repositories: [docker.io/library/*], allow: []}]}",
+		"shared: []", "shared: {key_file: /dev/null}", "shared: {wait: 1s}", "shared: {s3: {bucket: builds, region: us-east-1}}", "shared: {s3: {region: us-east-1}, key_file: /dev/null}", "completion: {images: some}", "completion: {bytes_per_day: auto}", "completion: {bytes_per_day: 10%}", "keep: [{platforms: [linux/amd64]}]",
 		"keep: [{image: docker.io/alpine}]", "keep: [{image: 'docker.io/alpine:3', platforms: []}]", "keep: [{image: 'docker.io/alpine:3', platforms: [amd64]}]", "capacity: lots", "capacity: 5", "scrub: 8MiB", "scrub: true", "log: {level: loud}", "tags: {max_stale: -1s}", "tags: {max_stale: 5}", "any_registry: 'yes'",
+		"shared: {s3: {bucket: builds}, key_file: KEY}", "shared: {s3: {bucket: Builds, region: us-east-1}, key_file: KEY}", "shared: {s3: {bucket: a..b, region: us-east-1}, key_file: KEY}", "shared: {s3: {bucket: 10.0.0.1, region: us-east-1}, key_file: KEY}",
+		"shared: {s3: {bucket: builds, region: us-east-1, prefix: /a}, key_file: KEY}", "shared: {s3: {bucket: builds, region: us-east-1, prefix: a/../b}, key_file: KEY}", "shared: {s3: {bucket: builds, region: 'us east'}, key_file: KEY}",
+		"shared: {s3: {bucket: builds, endpoint: s3.internal}, key_file: KEY}", "shared: {s3: {bucket: builds, endpoint: https://s3.internal/builds}, key_file: KEY}", "shared: {s3: {bucket: builds, region: us-east-1, encryption: aes}, key_file: KEY}",
+		"shared: {s3: {bucket: builds, region: us-east-1, encryption: AES256, kms_key: k}, key_file: KEY}", "shared: {s3: {bucket: builds, region: us-east-1, kms_key: k}, key_file: KEY}", "shared: {s3: {bucket: builds, region: us-east-1}, key_file: KEY, wait: 6}",
 		"registries: {q.io: {upstreams: [{url: ftp://q.io}]}}", "registries: {q.io: {upstreams: [{url: https://q.io/x}]}}", "registries: {Q.io: {}}", "registries: {q.io: {upstreams: []}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {username: x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, proxy: 'socks5://p'}]}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, credentials: {helper: ../x}}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, redirect_hosts: [https://x]}]}}",
 		"registries: {q.io: {upstreams: [{url: https://q.io, tags: 'no'}]}}", "registries: {q.io: {upstreams: [{url: https://q.io, client_cert: {cert_file: x}}]}}", "tls: {cert_file: x}", "server_names: [a, a]", "hosts: {a:5: docker.io}", "public: [x]"} {
-		if _, err := load("c.yaml", []byte(text), nil, nil); err == nil {
+		if _, err := load("c.yaml", []byte(strings.ReplaceAll(text, "KEY", key)), nil, nil); err == nil {
 			t.Errorf("Load accepts %q", text)
 		}
 		if fits(t, []byte(text)) == nil {
@@ -496,7 +505,10 @@ func TestSchemaAndExampleExplainEveryKey(t *testing.T) {
 
 // TestSchemaDefaults compares the schema's defaults with those in force.
 func TestSchemaDefaults(t *testing.T) {
-	shown, err := defaults().Show()
+	c := defaults()
+	c.Shared.S3.Bucket = "builds" // without one there are no defaults of shared
+	c.Shared.settle()
+	shown, err := c.Show()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -514,6 +526,7 @@ func TestSchemaDefaults(t *testing.T) {
 		child(schema, "$defs", "tags", "properties"):     config["tags"].(map[string]any),
 
 		child(schema, "properties", "completion", "properties"): config["completion"].(map[string]any),
+		child(schema, "properties", "shared", "properties"):     config["shared"].(map[string]any),
 	} {
 		for key, property := range *properties {
 			if want, ok := property.(map[string]any)["default"]; ok {
@@ -524,7 +537,7 @@ func TestSchemaDefaults(t *testing.T) {
 			}
 		}
 	}
-	if n != 16 {
+	if n != 17 {
 		t.Errorf("%d defaults", n)
 	}
 }
@@ -548,12 +561,20 @@ func FuzzLoad(f *testing.F) {
 		"completion: {images: kept, bytes_per_day: 1GiB}\nkeep: [{image: docker.io/alpine:3, platforms: [linux/arm/v7], every: 1h}]\n",
 		"registries: {q.io: {upstreams: [{url: https://q.io, tags: false, proxy: none, redirect_hosts: [a, 'b:5'], trusted_realms: [c], credentials: {helper: h}}]}}\n",
 		"registries: {q.io: {upstreams: [{url: https://q.io, tags: true, credentials: {ecr: {region: us-east-1}}}]}}\n",
+		"listen: ':0'\naccess: {anonymous: true, rules: [{repositories: [docker.io/a/*], allow: [anonymous]}]}\n",
+		"access: {loopback: asked, htpasswd: KEY, plain_http: true, rules: [{repositories: ['*.io/a'], allow: ['*']}]}\n",
+		"access: {loopback: asked, token: {realm: 'https://a/t', service: s, issuer: i, keys_file: KEY}}\n",
+		"shared: {s3: {bucket: b-1, prefix: a/b, endpoint: 'http://h:1/', path_style: true, encryption: 'aws:kms', kms_key: k}, key_file: KEY, wait: 1s, read_only: true}\n",
 		"a: &a [*a]\n<<: *a\n? {b: c}\n: d\n",
 	} {
 		f.Add([]byte(text))
 	}
+	key := filepath.Join(f.TempDir(), "fleet.key")
+	if err := os.WriteFile(key, []byte("x"), 0o600); err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, text []byte) {
-		c, err := load("fuzz.yaml", text, nil, nil)
+		c, err := load("fuzz.yaml", bytes.ReplaceAll(text, []byte("KEY"), []byte(key)), nil, nil)
 		if err != nil {
 			return
 		}
@@ -572,4 +593,51 @@ func FuzzLoad(f *testing.F) {
 			t.Fatal(diff)
 		}
 	})
+}
+
+func TestRuleFor(t *testing.T) {
+	a := Access{Rules: []Rule{
+		{Repositories: []string{"quay.io/org/secret"}, Allow: []string{"deploy"}},
+		{Repositories: []string{"quay.io/org/*", "*/library/*"}, Allow: []string{AllowKnown}},
+		{Repositories: []string{"quay.io/*"}, Allow: []string{AllowAnybody}},
+	}}
+	for name, want := range map[string][]string{"quay.io/org/secret": {"deploy"}, "quay.io/org/secret/sub": {AllowKnown}, "docker.io/library/alpine": {AllowKnown}, "quay.io/other/app": {AllowAnybody}, "docker.io/org/app": nil} {
+		registry, rest, _ := strings.Cut(name, "/")
+		if got, ok := a.RuleFor(oci.Repository{Registry: registry, Name: rest}); ok != (want != nil) || !slices.Equal(got, want) {
+			t.Errorf("%s: %v %v", name, got, ok)
+		}
+	}
+}
+
+func TestIsPrivate(t *testing.T) {
+	c := Config{Public: []string{"a.io/library/*"}, Registries: map[string]Registry{
+		"a.io": {Upstreams: []Upstream{{URL: "https://a.io"}, {URL: "https://b.io", Credentials: Credentials{ECR: &ECR{}}}}},
+		"b.io": {Upstreams: []Upstream{{URL: "https://b.io", ClientCert: TLS{"c", "k"}}}},
+		"c.io": {Upstreams: []Upstream{{URL: "https://c.io"}}},
+	}}
+	for name, want := range map[string]bool{"a.io/org/app": true, "a.io/library/app": false, "b.io/library/app": true, "c.io/org/app": false, "d.io/org/app": false} {
+		registry, rest, _ := strings.Cut(name, "/")
+		if got := c.IsPrivate(oci.Repository{Registry: registry, Name: rest}); got != want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// TestAccessDefaults holds when loopback is trusted: not where something in front may come from there.
+func TestAccessDefaults(t *testing.T) {
+	file := filepath.Join(folder(t), "good.pw")
+	for text, want := range map[string]string{
+		"": "",
+		"listen: ':5000'\naccess: {anonymous: true}\n":                                            LoopbackOpen,
+		"listen: ':5000'\naccess: {htpasswd: " + file + ", plain_http: true}\n":                   LoopbackAsked,
+		"listen: ':5000'\naccess: {htpasswd: " + file + ", plain_http: true, loopback: open}\n":   LoopbackOpen,
+		"listen: '[::ffff:127.0.0.1]:5000'\naccess: {htpasswd: " + file + ", plain_http: true}\n": LoopbackAsked,
+		"listen: 127.0.0.1:5000\naccess: {htpasswd: " + file + ", loopback: asked}\n":             LoopbackAsked,
+		"listen: 10.0.0.1:5000\naccess: {anonymous: true}\npublic: [docker.io/*]\nregistries: {docker.io: {upstreams: [{url: https://registry-1.docker.io, credentials: {username: u, password_file: " + file + "}}]}}\n": LoopbackOpen,
+	} {
+		c, err := load("c.yaml", []byte(text), nil, nil)
+		if err != nil || c.Access.Loopback != want {
+			t.Errorf("%q: %v, %+v", text, err, c)
+		}
+	}
 }

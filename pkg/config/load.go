@@ -111,7 +111,7 @@ func (p *problems) addYAML(file string, err error) {
 
 // resolve makes relative paths start at dir.
 func (c *Config) resolve(dir string) {
-	files := []*string{&c.Data, &c.Control, &c.TLS.CertFile, &c.TLS.KeyFile}
+	files := []*string{&c.Data, &c.Control, &c.TLS.CertFile, &c.TLS.KeyFile, &c.Shared.KeyFile, &c.Access.HTPasswd, &c.Access.Token.KeysFile, &c.Access.ClientCAFile}
 	for _, registry := range c.Registries {
 		for i := range registry.Upstreams {
 			up := &registry.Upstreams[i]
@@ -138,6 +138,17 @@ func (c *Config) overridable() map[string]any {
 		"any_registry":     &c.AnyRegistry,
 		"log.format":       &c.Log.Format,
 		"log.level":        &c.Log.Level,
+
+		"shared.s3.bucket":     &c.Shared.S3.Bucket,
+		"shared.s3.prefix":     &c.Shared.S3.Prefix,
+		"shared.s3.region":     &c.Shared.S3.Region,
+		"shared.s3.endpoint":   &c.Shared.S3.Endpoint,
+		"shared.s3.path_style": &c.Shared.S3.PathStyle,
+		"shared.s3.encryption": &c.Shared.S3.Encryption,
+		"shared.s3.kms_key":    &c.Shared.S3.KMSKey,
+		"shared.key_file":      &c.Shared.KeyFile,
+		"shared.wait":          &c.Shared.Wait,
+		"shared.read_only":     &c.Shared.ReadOnly,
 	}
 }
 
@@ -201,6 +212,8 @@ func set(field any, text string) (err error) {
 	switch f := field.(type) {
 	case *string:
 		*f = text
+	case *Duration:
+		err = f.UnmarshalText([]byte(text))
 	case *Size:
 		err = f.UnmarshalText([]byte(text))
 	case *bool:
@@ -240,6 +253,8 @@ func (c *Config) settle() {
 			keep.Every = Set(defaultEvery)
 		}
 	}
+	c.Shared.settle()
+	c.settleAccess()
 }
 
 // ecrURL is how Amazon names private registries, in all its partitions.

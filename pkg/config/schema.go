@@ -77,6 +77,12 @@ type checker struct {
 // secretKeys are where people who do not know of password_file put a secret.
 var secretKeys = []string{"password", "passwd", "pass", "secret", "token", "auth", "identity_token", "identitytoken"}
 
+// Where people put the fleet's key, and what the AWS SDK finds by itself.
+var (
+	keyKeys = []string{"key", "keys", "hmac", "hmac_key", "secret"}
+	awsKeys = []string{"access_key", "access_key_id", "secret", "secret_key", "secret_access_key", "token", "session_token", "credentials", "profile", "role", "username", "password"}
+)
+
 // check makes n, the value at path, one that can be decoded: null if it has the wrong form.
 func (c *checker) check(n *yaml.Node, s *schema, path string) {
 	if def, ok := strings.CutPrefix(s.Ref, "#/$defs/"); ok {
@@ -156,8 +162,14 @@ func (c *checker) checkKeys(n *yaml.Node, s *schema, path string) {
 // unknown refuses a key of the mapping n and says what to write instead.
 func (c *checker) unknown(n *yaml.Node, s *schema, path string, key *yaml.Node) {
 	at, meant := join(path, key.Value), nearest(key.Value, s.keys())
-	switch {
-	case slices.Contains(secretKeys, strings.ToLower(key.Value)):
+	switch lower := strings.ReplaceAll(strings.ToLower(key.Value), "-", "_"); {
+	case path == "shared" && slices.Contains(keyKeys, lower):
+		meant = "key_file"
+		c.addAt(c.place(key), at, "unknown key; write the fleet's keys to a file that its owner alone can read, and name it as key_file")
+	case path == "shared.s3" && slices.Contains(awsKeys, lower):
+		meant = ""
+		c.addAt(c.place(key), at, "unknown key; the AWS SDK finds credentials in its variables, such as AWS_ACCESS_KEY_ID and AWS_PROFILE, in ~/.aws, or in the host's role")
+	case slices.Contains(secretKeys, lower):
 		meant = "password_file"
 		c.addAt(c.place(key), at, "a secret in the clear; write it to a file that its owner alone can read, and name that file in the upstream's credentials, as password_file")
 	case meant != "":

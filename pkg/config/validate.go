@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"maps"
 	"net"
-	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -53,12 +52,13 @@ func (c *Config) validate(p *problems) {
 	}
 	p.oneOf("log.format", c.Log.Format, LogAuto, LogText, LogJSON)
 	p.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
-	c.validatePublic(p)
+	c.patterns(p, "public", c.Public)
 	c.Tags.validate(p, "tags")
 	for _, name := range slices.Sorted(maps.Keys(c.Registries)) {
 		c.Registries[name].validate(p, name)
 	}
 	c.validateCompletion(p)
+	c.Shared.validate(p)
 }
 
 // validateCompletion checks what the mirror fetches by itself.
@@ -106,13 +106,10 @@ func (c *Config) validateCompletion(p *problems) {
 // platformName is how image indexes name platforms: OS, architecture, and variant where there is one.
 var platformName = regexp.MustCompile(`^[a-z0-9]+/[a-z0-9_]+(/[a-z0-9.]+)?$`)
 
-// validateListeners keeps the registry API on loopback: beyond it an access policy would have to say
-// who may pull what is private.
+// validateListeners checks where the mirror is to be reached, and by whom.
 func (c *Config) validateListeners(p *problems) {
-	host, ok := p.address("listen", c.Listen)
-	if addr, err := netip.ParseAddr(host); ok && host != "localhost" && (err != nil || !addr.Unmap().IsLoopback()) {
-		p.add("listen", "%s is beyond loopback, which needs an `access:` policy, and this version knows none; write 127.0.0.1 or [::1], and run a mirror on each host", c.Listen)
-	}
+	p.address("listen", c.Listen)
+	c.validateAccess(p)
 	p.address("admin", c.Admin)
 	if _, port, err := net.SplitHostPort(c.Admin); err == nil && port != "0" && c.Admin == c.Listen {
 		p.add("admin", "the same address as listen; write another port")
@@ -147,24 +144,6 @@ func (c *Config) validateNames(p *problems) {
 		p.configured("hosts."+name, c.Hosts[name], c.Registries)
 	}
 	p.configured("default_registry", c.DefaultRegistry, c.Registries)
-}
-
-// validatePublic refuses patterns that match no repository that there could be.
-func (c *Config) validatePublic(p *problems) {
-	for i, pattern := range c.Public {
-		at := fmt.Sprintf("public[%d]", i)
-		registry, name, _ := strings.Cut(pattern, "/")
-		repo, err := oci.ParseRepository(strings.ReplaceAll(registry, "*", "x"), strings.ReplaceAll(name, "*", "x"))
-		switch {
-		case err != nil:
-			p.add(at, "%q is not a registry and a repository, with * for what varies; write it as docker.io/library/*", pattern)
-		case repo.Name != name && !strings.Contains(name, "*"):
-			p.add(at, "names no repository; write %s", repo)
-		case !c.AnyRegistry && !strings.Contains(registry, "*"):
-			p.configured(at, registry, c.Registries)
-		}
-	}
-	p.unique("public", c.Public)
 }
 
 func (r Registry) validate(p *problems, name string) {
@@ -417,21 +396,29 @@ func (p *problems) unique(at string, list []string) {
 	}
 }
 
-// secretFile checks that a file is there for its owner alone. It does not repeat the name of one that
-// is not there: that may be the secret itself.
+// secretFile checks that a file is there for its owner alone.
 func (p *problems) secretFile(at, file string) {
+	if err := checkSecret(file); err != nil {
+		p.add(at, "%v", err)
+	}
+}
+
+// checkSecret is what is wrong with a file that has to be there for its owner alone. It does not repeat
+// the name of one that is not there: that may be the secret itself.
+func checkSecret(file string) error {
 	info, err := os.Stat(file)
 	if unnamed := new(fs.PathError); errors.As(err, &unnamed) {
 		err = unnamed.Err
 	}
 	switch {
 	case err != nil:
-		p.add(at, "%v; write the name of a file that holds the secret", err)
+		return fmt.Errorf("%w; write the name of a file that holds the secret", err)
 	case !info.Mode().IsRegular():
-		p.add(at, "%s is not a file", file)
+		return fmt.Errorf("%s is not a file", file)
 	case info.Mode().Perm()&0o077 != 0:
-		p.add(at, "%s is open to others than its owner (mode %04o); run chmod 600 %s", file, info.Mode().Perm(), file)
+		return fmt.Errorf("%s is open to others than its owner (mode %04o); run chmod 600 %s", file, info.Mode().Perm(), file)
 	case info.Size() == 0:
-		p.add(at, "%s is empty; write the secret to it", file)
+		return fmt.Errorf("%s is empty; write the secret to it", file)
 	}
+	return nil
 }

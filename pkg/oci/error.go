@@ -24,6 +24,7 @@ type Error struct {
 	Message    string
 	Detail     any           // marshalled as it is; nil for none
 	RetryAfter time.Duration // sent rounded up to seconds; 0 for none
+	Challenge  string        // WWW-Authenticate of a 401; "" for none
 }
 
 // NewError returns the error of that code with the status that belongs to it.
@@ -63,6 +64,9 @@ func WriteError(w http.ResponseWriter, err error) {
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	if e.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64((e.RetryAfter+time.Second-1)/time.Second), 10))
+	}
+	if e.Challenge != "" {
+		h.Set("Www-Authenticate", e.Challenge)
 	}
 	w.WriteHeader(e.Status)
 	_, _ = w.Write(body)
