@@ -26,7 +26,7 @@ var errNeedsSize = &oci.Error{Status: http.StatusHTTPVersionNotSupported, Code: 
 // serveBlob sends a blob from storage or, on a miss, from the fill that is storing it. It returns
 // an error only if it has written nothing.
 func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
-	defer keepPace(r.Context())()
+	defer w.keepPace(r.Context())()
 	m.completions.blobAsked(r.Method, t.ref)
 	how := provenance{cache: cacheHit}
 	patience := r.Context()
@@ -59,6 +59,11 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		}
 	}
 	defer blob.Close()
+	if how.cache == cacheHit && m.withheld(t, t.ref.Digest) {
+		if _, err := m.askSize(r.Context(), t.ref); err != nil {
+			return t.answerFor(r.Context(), err)
+		}
+	}
 	if err := m.sending.take(patience); err != nil {
 		return t.busy(err)
 	}
@@ -111,6 +116,11 @@ func (m *Mirror) missBlob(ctx, patience context.Context, ref oci.Reference) (*st
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
 func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
 	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (int64, error) {
+		if m.fleet != nil {
+			if content, err := m.fleet.content(ctx, ref); err == nil {
+				return content.Size, nil
+			}
+		}
 		return first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (int64, error) {
 			size, err := client.StatBlob(ctx, ref)
 			if err == nil && m.store.StoredFrom(ref.Digest, client.Upstream()) {

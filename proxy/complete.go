@@ -418,12 +418,18 @@ func (c *completions) complete(p *completion) bool {
 	}
 	fetched := p.fetched
 	c.mu.Unlock()
+	if c.m.fleet != nil {
+		c.m.fleet.publish.image(p.ref)
+	}
 	for root := range c.rootsOf(p.ref) {
 		if root.Tag == "" {
 			continue
 		}
 		if err := c.m.store.CompleteTag(root.Repository, root.Tag); err != nil {
 			c.m.logger.Debug("tag not noted as complete", "repository", root.Repository, "reference", root.Tag, "err", err)
+		}
+		if c.m.fleet != nil {
+			c.m.fleet.publish.tag(root, nil)
 		}
 	}
 	answer, err := c.m.store.Answer(p.ref.Repository, referrersPath(p.ref.Digest))

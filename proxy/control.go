@@ -16,6 +16,7 @@ import (
 
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
+	"breakwater/storage/s3"
 )
 
 const (
@@ -32,6 +33,7 @@ type Status struct {
 	Started   time.Time        `json:"started"`
 	Data      string           `json:"data"`
 	Store     StoreStatus      `json:"store"`
+	Shared    *SharedStatus    `json:"shared,omitempty"` // nil if there is no shared store
 	Upstreams []UpstreamStatus `json:"upstreams"`
 }
 
@@ -45,6 +47,23 @@ type StoreStatus struct {
 	Capacity int64 `json:"capacity"` // bytes; 0 is no bound
 	Evicted  int64 `json:"evicted"`  // images, since the start
 	Built    bool  `json:"built"`    // false soon after a start: the figures are not whole yet
+}
+
+// SharedStatus is how the shared store does.
+type SharedStatus struct {
+	Reads       GateStatus `json:"reads"`
+	Writes      GateStatus `json:"writes"`
+	Unpublished int        `json:"unpublished"`     // tags and manifests that wait to be written
+	Ignored     uint64     `json:"ignored"`         // records that were not believed, since the start
+	Offset      float64    `json:"offset"`          // seconds that its clock is ahead of this host's
+	Clock       string     `json:"clock,omitempty"` // how wrong this host's clock is, if it is too wrong to publish anything
+}
+
+// GateStatus tells if the shared store is asked to read, or to write.
+type GateStatus struct {
+	State  string    `json:"state"` // up or out
+	Since  time.Time `json:"since,omitzero"`
+	Reason string    `json:"reason,omitempty"`
 }
 
 // UpstreamStatus is how an upstream does in one class of requests.
@@ -152,6 +171,10 @@ func (c *control) status() Status {
 	if u.Capacity == math.MaxInt64 {
 		s.Store.Capacity = 0
 	}
+	if c.fleet != nil {
+		h := c.fleet.bucket.Health()
+		s.Shared = &SharedStatus{gateStatus(h.Reads), gateStatus(h.Writes), c.fleet.publish.count(), h.Ignored, h.Offset.Seconds(), misset(h)}
+	}
 	for _, client := range c.pool.All() {
 		for _, h := range client.Health() {
 			s.Upstreams = append(s.Upstreams, upstreamStatus(client, h))
@@ -159,6 +182,13 @@ func (c *control) status() Status {
 	}
 	slices.SortStableFunc(s.Upstreams, func(a, b UpstreamStatus) int { return cmp.Compare(a.Registry, b.Registry) })
 	return s
+}
+
+func gateStatus(g s3.Gate) GateStatus {
+	if !g.Open {
+		return GateStatus{State: "up"}
+	}
+	return GateStatus{State: "out", Since: g.Since, Reason: g.Reason}
 }
 
 func upstreamStatus(c *upstream.Client, h upstream.Health) UpstreamStatus {

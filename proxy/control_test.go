@@ -238,9 +238,7 @@ func TestH45ControlIsOnNoPort(t *testing.T) {
 			for _, line := range []string{"GET /v1/status", "DELETE /v1/images/quay.test/org/app:latest", "POST /v1/verify", "DELETE /v2/quay.test/org/app/manifests/latest"} {
 				method, path, _ := strings.Cut(line, " ")
 				w := httptest.NewRecorder()
-				req := httptest.NewRequest(method, path, nil)
-				req.Host = "localhost"
-				h.ServeHTTP(w, req)
+				h.ServeHTTP(w, byLoopback(httptest.NewRequest(method, path, nil)))
 				if w.Code != http.StatusNotFound && w.Code != http.StatusMethodNotAllowed {
 					t.Errorf("%s: %s: %d %s", name, line, w.Code, w.Body)
 				}

@@ -68,23 +68,23 @@ func (m *Mirror) sendFar(patience context.Context, w *response, r *http.Request,
 		far.fill.farNow--
 		far.fill.mu.Unlock()
 	}()
-	clients, err := m.upstreams(t.ref)
+	sources, err := m.sources(t.ref)
 	if err != nil {
 		return err
 	}
-	race := &race[*upstream.Body]{
+	race := &race[*body]{
 		tasks:   m.asking,
-		clients: clients,
-		ask: func(_ context.Context, i int) (*upstream.Body, error) {
+		clients: clientsOf(sources),
+		ask: func(_ context.Context, i int) (*body, error) {
 			// The client's context: the body ends with it. What holds the fill's reference off does not concern it.
-			body, err := (&source{ref: t.ref, client: clients[i]}).open(upstream.Again(r.Context()), far.from)
-			if err == nil && body.Size >= 0 && body.Size != far.size {
+			body, err := sources[i].open(upstream.Again(r.Context()), m, far.from)
+			if err == nil && body.size >= 0 && body.size != far.size {
 				body.Close()
-				err = &upstream.Error{Upstream: clients[i].Upstream(), Class: "blob", Reason: "tells another size"}
+				err = &upstream.Error{Upstream: sources[i].name(), Class: "blob", Reason: "tells another size"}
 			}
 			return body, err
 		},
-		drop: func(body *upstream.Body) { body.Close() },
+		drop: func(body *body) { body.Close() },
 	}
 	body, _, err := race.run(patience)
 	if err != nil {

@@ -14,9 +14,8 @@ import (
 
 // serve asks the mirror without a connection in between, for tests of many requests.
 func (r *rig) serve(path string) *http.Response {
-	w, req := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, path, nil)
-	req.Host = "localhost"
-	r.mirror.ServeHTTP(w, req)
+	w := httptest.NewRecorder()
+	r.mirror.ServeHTTP(w, byLoopback(httptest.NewRequest(http.MethodGet, path, nil)))
 	r.tells(path, w.Result().Header, w.Body.Bytes())
 	return w.Result()
 }

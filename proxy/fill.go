@@ -3,13 +3,11 @@ package proxy
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"slices"
 	"sync"
 
 	"breakwater/pkg/config"
 	"breakwater/pkg/oci"
-	"breakwater/proxy/upstream"
 	"breakwater/storage"
 
 	"github.com/opencontainers/go-digest"
@@ -69,25 +67,16 @@ type fill struct {
 	farNow  int             // ranges far ahead that are being passed on
 }
 
-// source is an upstream that may have the blob, in the name of a repository.
-type source struct {
-	ref    oci.Reference
-	client *upstream.Client
-	err    error // why it is of no use; guarded by the fill's mu
-}
-
 // joinFill returns the fill of ref's digest with ref's sources among its own, and begins one if there
 // is none. It goes on as urgently as the most urgent of those who have joined wants.
 func (m *Mirror) joinFill(ref oci.Reference, u urgency) (*fill, error) {
-	clients, err := m.upstreams(ref)
+	sources, err := m.sources(ref)
 	if err != nil {
 		return nil, err
 	}
 	key := fillKey{dgst: ref.Digest}
-	var sources []*source
-	for _, client := range clients {
-		sources = append(sources, &source{ref: ref, client: client})
-		if !m.confirmation(client, ref.Repository).Public {
+	for _, src := range sources {
+		if src.client != nil && !m.confirmation(src.client, ref.Repository).Public {
 			key.repo = ref.Repository
 		}
 	}
@@ -126,8 +115,7 @@ func (f *fill) add(sources []*source) bool {
 		return false
 	}
 	for _, src := range sources {
-		same := func(s *source) bool { return s.ref == src.ref && s.client == src.client }
-		if !slices.ContainsFunc(f.sources, same) {
+		if !slices.ContainsFunc(f.sources, src.is) {
 			f.sources = append(f.sources, src)
 		}
 	}
@@ -155,7 +143,7 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 		return
 	}
 	defer turns.leave()
-	for {
+	for asked := false; ; asked = true {
 		sources := f.take()
 		if sources == nil {
 			return
@@ -164,11 +152,16 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			f.end(nil)
 			return
 		}
-		body, src, err := m.openBody(ctx, sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
-			body, err := src.open(ctx, 0)
-			f.fail(src, err)
-			return body, err
-		})
+		var body *body
+		var src *source
+		var err error
+		if m.fleet != nil && !asked {
+			body, src = m.fleet.fetch(ctx, f, sources)
+			sources = slices.DeleteFunc(sources, func(src *source) bool { return src.client == nil })
+		}
+		if body == nil {
+			body, src, err = m.openBody(ctx, sources, f.tryOpen(m))
+		}
 		if err != nil {
 			f.failUnasked(sources, err)
 			continue // each source knows why
@@ -187,6 +180,15 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 	}
 }
 
+// tryOpen opens a source, and notes if that fails.
+func (f *fill) tryOpen(m *Mirror) func(context.Context, *source) (*body, error) {
+	return func(ctx context.Context, src *source) (*body, error) {
+		body, err := src.open(ctx, m, 0)
+		f.fail(src, err)
+		return body, err
+	}
+}
+
 // isStored reports whether the blob is stored for the source's repository: since it was missed, or
 // because its upstream, which gave it to another repository, now confirms it in this one.
 func (m *Mirror) isStored(ctx context.Context, src *source) bool {
@@ -194,7 +196,7 @@ func (m *Mirror) isStored(ctx context.Context, src *source) bool {
 		blob.Close()
 		return true
 	}
-	if !m.store.StoredFrom(src.ref.Digest, src.client.Upstream()) {
+	if src.client == nil || !m.store.StoredFrom(src.ref.Digest, src.client.Upstream()) {
 		return false
 	}
 	if _, err := src.client.StatBlob(ctx, src.ref); err != nil {
@@ -207,59 +209,6 @@ func (m *Mirror) isStored(ctx context.Context, src *source) bool {
 	}
 	blob.Close()
 	return true
-}
-
-// openBody opens the blob at the first of the sources that open succeeds with.
-func (m *Mirror) openBody(ctx context.Context, sources []*source, open func(context.Context, *source) (*upstream.Body, error)) (*upstream.Body, *source, error) {
-	var clients []*upstream.Client
-	for _, src := range sources {
-		clients = append(clients, src.client)
-	}
-	r := &race[*upstream.Body]{
-		tasks:   m.filling,
-		clients: clients,
-		ask: func(ctx context.Context, i int) (*upstream.Body, error) {
-			body, err := open(ctx, sources[i])
-			if err != nil {
-				m.logSource(ctx, sources[i], err)
-			}
-			return body, err
-		},
-		drop: func(body *upstream.Body) { body.Close() },
-	}
-	body, i, err := r.run(ctx)
-	return body, sources[i], err
-}
-
-// open opens the blob from offset on. It is had once there is something of it for the readers, and not with
-// its headers: a CDN that sends those and stalls must not keep the next source from being asked.
-func (s *source) open(ctx context.Context, offset int64) (*upstream.Body, error) {
-	body, err := s.client.Blob(ctx, s.ref, offset)
-	if err != nil {
-		return nil, err
-	}
-	first := int64(1)
-	switch {
-	case body.Size < 0:
-		first = storage.Withheld + 1
-	case body.Size <= storage.Withheld:
-		first = body.Size - offset
-	}
-	if err := body.Prime(first); err != nil {
-		body.Close()
-		return nil, err
-	}
-	return body, nil
-}
-
-// logSource says why a source did not deliver: a warning if it has failed, nothing much if it does not
-// have the blob, since the client is told, or was not asked, since its breaker has said so.
-func (m *Mirror) logSource(ctx context.Context, src *source, err error) {
-	level := slog.LevelWarn
-	if up := new(upstream.Error); errors.As(err, &up) && (!up.Outage() || up.State == "open" || up.State == "held off") {
-		level = slog.LevelDebug
-	}
-	m.logger.Log(ctx, level, "blob not had", "repository", src.ref.Repository, "digest", src.ref.Digest, "upstream", src.client.Upstream(), "err", err)
 }
 
 // take returns the sources that may still have the blob, or ends the fill if there is none: in one

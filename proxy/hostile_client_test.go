@@ -124,7 +124,9 @@ func (r *rig) exchange(send, after string) answer {
 func (r *rig) quiet(after string) {
 	r.Helper()
 	synctest.Wait()
-	ours := func(e registrytest.Event) bool { return strings.HasPrefix(e.Address, "localhost") }
+	ours := func(e registrytest.Event) bool {
+		return strings.HasPrefix(e.Address, "localhost") || strings.HasPrefix(e.Address, "mirror.test")
+	}
 	dials := slices.DeleteFunc(r.network.Dials(""), ours)
 	lookups := slices.DeleteFunc(r.network.Lookups(""), ours)
 	if len(dials)+len(lookups) > 0 {

@@ -134,9 +134,10 @@ func (k *keeper) pause() time.Duration {
 // become complete.
 func (k *keeper) refresh(ctx context.Context) []<-chan struct{} {
 	dgst, err := k.resolve(ctx)
-	if err == nil {
-		var images []oci.Reference
-		if images, err = k.images(ctx, dgst); err == nil {
+	if dgst != "" {
+		if images, missing := k.images(ctx, dgst); missing != nil {
+			err = missing
+		} else {
 			var completed []<-chan struct{}
 			for _, image := range images {
 				if c := k.m.completions.hold(image); c != nil {
@@ -149,7 +150,7 @@ func (k *keeper) refresh(ctx context.Context) []<-chan struct{} {
 				}
 			}
 			k.held = images
-			k.look(nil)
+			k.look(err)
 			return completed
 		}
 	}
@@ -159,13 +160,21 @@ func (k *keeper) refresh(ctx context.Context) []<-chan struct{} {
 	return nil
 }
 
-// resolve is what the tag names by upstream's word now.
+// resolve is what the tag names by upstream's word now. With an error it is what the fleet knows, if it has
+// that: a new host must not wait for the end of an outage.
 func (k *keeper) resolve(ctx context.Context) (digest.Digest, error) {
 	if k.ref.Digest != "" {
 		return k.ref.Digest, nil
 	}
 	resolved, err := k.m.questionTag(k.ref).wait(ctx, 0)
 	if err != nil {
+		if k.m.fleet == nil {
+			return "", err
+		}
+		k.m.fleet.hear(ctx, k.ref, nil)
+		if stored, _ := k.m.storedTag(k.ref); k.m.fleet.offers(k.ref, stored) {
+			return stored.Digest, err
+		}
 		return "", err
 	}
 	k.m.completions.served(http.MethodHead, k.ref, resolved.manifest)

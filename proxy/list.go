@@ -80,8 +80,8 @@ type asker func(ctx context.Context, client *upstream.Client, t target, path str
 
 // list is a list by the same contract as a tag.
 func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (storage.Answer, provenance, error) {
-	stored, err := m.store.Answer(t.ref.Repository, path)
-	if err == nil && m.fresh(t, stored.ValidatedAt) {
+	stored, err := m.storedAnswer(t, path)
+	if err == nil && m.fresh(t.ref, stored.ValidatedAt) {
 		return stored, provenance{cache: cacheHit}, nil
 	}
 	have := m.standby(t, stored.ValidatedAt)
@@ -101,6 +101,9 @@ func (m *Mirror) askList(t target, path string, ask asker) *question[storage.Ans
 		answer, err := first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
 			answer, err := ask(ctx, client, t, path)
 			answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
+			if c := m.confirmation(client, t.ref.Repository); !c.Public {
+				answer.Credential = c.Credential
+			}
 			return answer, err
 		})
 		if err != nil {
@@ -159,12 +162,12 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	path := referrersPath(t.ref.Digest)
 	answer, how, err := m.list(ctx, t, path, m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
-		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil {
+		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil || m.withheld(t, t.ref.Digest) {
 			return err
 		}
 		how = provenance{cache: "breakwater; fwd=uri-miss; detail=unknown", warning: "referrers are not known: " + oci.AsError(err).Message}
 		answer = storage.Answer{Body: marshalIndex(nil), MediaType: ispec.MediaTypeImageIndex}
-		if stored, unknown := m.store.Answer(t.ref.Repository, path); unknown == nil { // refused, or too old
+		if stored, unknown := m.storedAnswer(t, path); unknown == nil { // refused, or too old
 			answer, how.age = stored, time.Since(stored.ValidatedAt)
 			how.cache, how.warning = "breakwater; fwd=stale; detail=refused", "stale: "+oci.AsError(err).Message
 		}

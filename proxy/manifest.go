@@ -28,6 +28,9 @@ func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
 	if !how.whole {
 		m.completions.served(r.Method, t.ref, manifest)
 	}
+	if m.fleet != nil && r.Method == http.MethodGet && t.ref.Tag == "" {
+		m.fleet.publish.image(t.ref)
+	}
 	how.mark(w)
 	setContent(w.Header(), manifest.MediaType, manifest.Digest)
 	w.sendBytes(r, manifest.Raw)
@@ -38,13 +41,13 @@ func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
 // otherwise upstream's.
 func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, provenance, error) {
 	manifest, err := m.store.Manifest(t.ref.Repository, t.ref.Digest)
-	if err == nil {
+	if err == nil && !m.withheld(t, t.ref.Digest) {
 		return manifest, provenance{cache: cacheHit}, nil
 	}
 	if errors.Is(err, storage.ErrBusy) {
 		return manifest, provenance{}, t.busy(err)
 	}
-	if !errors.Is(err, fs.ErrNotExist) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
 	manifest, err = m.askManifest(t.ref).wait(ctx, 0)
@@ -54,9 +57,15 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	return manifest, provenance{cache: cacheFetched}, nil
 }
 
-// askManifest fetches and stores a manifest by its digest, once for all who want it.
+// askManifest fetches and stores a manifest by its digest, once for all who want it: what the fleet has, no
+// upstream is asked for.
 func (m *Mirror) askManifest(ref oci.Reference) *question[oci.Manifest] {
 	return m.manifests.join(m.asking, ref.String(), func(ctx context.Context) (oci.Manifest, error) {
+		if m.fleet != nil {
+			if manifest, err := m.fleet.manifest(ctx, ref); err == nil {
+				return manifest, nil
+			}
+		}
 		manifest, err := first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
 			return m.fetchManifest(ctx, client, ref)
 		})
@@ -71,7 +80,7 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 	if m.store.StoredFrom(ref.Digest, client.Upstream()) {
 		resolved, err := client.Resolve(ctx, ref)
 		if err == nil && resolved.Manifest != nil {
-			m.keepManifest(client, ref.Repository, *resolved.Manifest)
+			m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, *resolved.Manifest)
 			return *resolved.Manifest, nil
 		}
 		if err == nil {
@@ -85,7 +94,7 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 	if err != nil {
 		return manifest, err
 	}
-	m.keepManifest(client, ref.Repository, manifest)
+	m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, manifest)
 	return manifest, nil
 }
 
@@ -101,9 +110,9 @@ func (m *Mirror) getManifest(ctx context.Context, client *upstream.Client, ref o
 }
 
 // keepManifest stores a manifest, or remembers it, and reports which.
-func (m *Mirror) keepManifest(client *upstream.Client, repo oci.Repository, manifest oci.Manifest) bool {
+func (m *Mirror) keepManifest(c storage.Confirmation, repo oci.Repository, manifest oci.Manifest) bool {
 	m.expected.note(repo, manifest)
-	err := m.store.PutManifest(repo, manifest, m.confirmation(client, repo))
+	err := m.store.PutManifest(repo, manifest, c)
 	m.unstored.note(oci.Reference{Repository: repo, Digest: manifest.Digest}, manifest, err)
 	if err != nil {
 		m.logNotStored("manifest not stored", err, "repository", repo, "digest", manifest.Digest)

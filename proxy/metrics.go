@@ -21,6 +21,7 @@ type metrics struct {
 	fills         prometheus.Gauge
 	resumes       prometheus.Counter
 	passedThrough prometheus.Counter
+	refusals      *prometheus.CounterVec
 	mirror        *Mirror
 
 	completionBytes    prometheus.Counter
@@ -73,6 +74,8 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
 		passedThrough: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_passed_through_total",
 			Help: "Blobs that were sent to one client alone, since the store could not take them."}),
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "breakwater_access_refusals_total",
+			Help: "Requests that the access policy has refused: of who has shown nothing (unknown), or something wrong, or too much of that (busy), or may not have it (denied)."}, []string{"reason"}),
 		completionBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_bytes_total",
 			Help: "Bytes of blobs that were fetched before a client asked for them."}),
 		completionFailures: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_completion_failures_total",
@@ -84,8 +87,11 @@ func newMetrics(m *Mirror) *metrics {
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, waiting, s.completionBytes, s.completionFailures, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, s.refusals, waiting, s.completionBytes, s.completionFailures, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	if m.fleet != nil {
+		s.registry.MustRegister(m.fleet)
+	}
 	return s
 }
 
@@ -180,22 +186,4 @@ func (m *Mirror) Admin() http.Handler {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", m.serveReady)
 	return mux
-}
-
-func (m *Mirror) serveReady(w http.ResponseWriter, _ *http.Request) {
-	_, _ = w.Write([]byte("ok\n"))
-	if trouble := m.store.Trouble(); trouble != nil {
-		_, _ = w.Write([]byte("store: cannot write since " + trouble.Since.UTC().Format(time.RFC3339) + ": " + trouble.Reason() + "\n"))
-	}
-	for _, c := range m.pool.All() {
-		for i, h := range c.Health() {
-			if left := time.Until(h.HeldUntil); i == 0 && left > 0 {
-				_, _ = w.Write([]byte(c.Registry() + ": upstream " + c.Upstream() + " is not asked for another " + left.Round(time.Second).String() + ": it answered 429\n"))
-			}
-			if h.State != "closed" {
-				line := c.Registry() + ": upstream " + c.Upstream() + " " + h.Class + " " + h.State + " since " + h.Since.UTC().Format(time.RFC3339) + ": " + h.Reason + "\n"
-				_, _ = w.Write([]byte(line))
-			}
-		}
-	}
 }

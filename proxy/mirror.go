@@ -1,5 +1,5 @@
 // Package proxy answers the registry's pull API, from the store if it can and through fills if it
-// must. One request runs: guard -> parse -> look up -> (miss) ask or fill -> respond. Only ServeHTTP
+// must. One request runs: parse -> guard -> look up -> (miss) ask or fill -> respond. Only ServeHTTP
 // turns an error into an answer, and only policy.go decides which.
 //
 // What a request needs from upstream is never done on its own stack: a question (what does this tag
@@ -9,6 +9,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,6 +23,7 @@ import (
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
+	"breakwater/storage/s3"
 
 	"github.com/distribution/distribution/v3/registry/api/errcode"
 	"github.com/opencontainers/go-digest"
@@ -31,6 +33,7 @@ import (
 type Config struct {
 	Config *config.Config
 	Store  *storage.Disk
+	Shared *s3.Bucket // the fleet's shared store; nil if there is none
 	// Upstreams are what the network is; nil for the system's.
 	Upstreams upstream.Settings
 	Logger    *slog.Logger // nil discards
@@ -39,13 +42,16 @@ type Config struct {
 // Mirror is the registry that clients see. It is an http.Handler.
 type Mirror struct {
 	cfg     atomic.Pointer[config.Config]
+	guard   atomic.Pointer[guard]
 	store   *storage.Disk
 	pool    *upstream.Pool
 	logger  *slog.Logger
 	metrics *metrics
+	fleet   *fleet // nil if there is no shared store
 
 	asking    *tasks // questions, cut when the mirror closes: whoever asked is gone
 	filling   *tasks // fills, which may finish
+	sharing   *tasks // what goes on behind for the fleet: the next process goes on with it
 	tags      questions[resolution]
 	manifests questions[oci.Manifest]
 	sizes     questions[int64]
@@ -73,12 +79,19 @@ func New(cfg Config) (*Mirror, error) {
 	m := &Mirror{store: cfg.Store, pool: upstream.NewPool(cfg.Upstreams), logger: cfg.Logger,
 		passing: make(slots, maxPassed), sending: make(slots, maxSending)}
 	panicked := func(recovered any) { m.logger.Error("task panicked", "err", recovered, "stack", string(debug.Stack())) }
-	m.asking, m.filling = newTasks(panicked), newTasks(panicked)
+	m.asking, m.filling, m.sharing = newTasks(panicked), newTasks(panicked), newTasks(panicked)
+	if cfg.Shared != nil {
+		m.fleet = &fleet{m: m, bucket: cfg.Shared}
+		m.fleet.publish = newPublisher(m.fleet)
+	}
 	m.completions = newCompletions(m)
 	m.metrics = newMetrics(m)
 	m.store.Use(storage.Policy{Kept: m.Kept, Out: m.pool.Out})
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
+	}
+	if m.fleet != nil {
+		m.fleet.publish.start()
 	}
 	m.asking.start(m.completions.runBehind)
 	m.asking.start(m.repairLoop)
@@ -106,9 +119,14 @@ func (m *Mirror) Use(cfg *config.Config) error {
 			})
 		}
 	}
+	guard, err := newGuard(cfg, m.guard.Load(), m.logger)
+	if err != nil {
+		return err
+	}
 	if err := m.pool.Use(ups, upstream.AnyRegistry(cfg.AnyRegistry)); err != nil {
 		return fmt.Errorf("upstreams: %w", err)
 	}
+	m.guard.Store(guard)
 	m.cfg.Store(cfg)
 	m.keepers.use(m, cfg.Keep)
 	return nil
@@ -126,9 +144,11 @@ func account(c config.Credentials) upstream.Account {
 // runs. Requests should have ended before.
 func (m *Mirror) Close(ctx context.Context) {
 	m.asking.cancel()
+	m.sharing.cancel()
 	m.fills.cutUnwanted()
 	m.filling.stop(ctx)
 	m.asking.stop(ctx)
+	m.sharing.stop(ctx)
 	m.pool.Close()
 }
 
@@ -169,9 +189,13 @@ func (m *Mirror) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// serve guards, parses and dispatches. It returns an error only if it has written nothing.
+// ClientCAs are the authorities whose client certificates the registry's listener should ask for; nil if it
+// should not. They may change at any time.
+func (m *Mirror) ClientCAs() *x509.CertPool { return m.guard.Load().gate.ClientCAs() }
+
+// serve parses, guards and dispatches. It returns an error only if it has written nothing.
 func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
-	cfg := m.cfg.Load()
+	guard := m.guard.Load()
 	if r.ContentLength != 0 {
 		w.Header().Set("Connection", "close")     // its body is never read …
 		_ = w.control.SetReadDeadline(time.Now()) // … nor waited for by net/http, once we have answered
@@ -184,12 +208,20 @@ func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
 		w.Header().Set("Allow", "GET, HEAD")
 		return oci.NewError(errcode.ErrorCodeUnsupported, "this is a pull-through mirror: push to the registry itself")
 	}
-	if err := checkHost(cfg, r); err != nil {
+	if err := checkHost(guard.cfg, r); err != nil {
 		return err
 	}
-	if *t, err = parse(cfg, r); err != nil {
+	who := guard.caller(r)
+	*t, err = parse(guard.cfg, r)
+	t.caller = who.name()
+	if refusal := guard.refusal(r.Context(), who, *t, err); refusal != nil {
+		m.metrics.refusals.WithLabelValues(who.reason(refusal)).Inc()
+		return refusal
+	}
+	if err != nil {
 		return err
 	}
+	t.onlyPublic = t.kind != kindBase && guard.onlyPublic(who, t.ref.Repository)
 	if t.ns != "" {
 		w.Header().Set("OCI-Namespace", t.ns)
 	}
@@ -302,6 +334,9 @@ func (m *Mirror) logRequest(r *http.Request, t target, w *response, started time
 	}
 	if t.ref.Name == "" {
 		attrs[1], attrs[2] = slog.String("path", r.URL.Path), slog.String("host", r.Host)
+	}
+	if t.caller != "" {
+		attrs = append(attrs, slog.String("caller", t.caller))
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("err", err.Error()))

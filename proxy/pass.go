@@ -234,26 +234,23 @@ func (m *Mirror) pass(patience context.Context, w *response, r *http.Request, t 
 // openPassed opens a blob from one byte to another, of which the last is -1 for the end, at the first of
 // the reference's own sources that has it.
 func (m *Mirror) openPassed(ctx, patience context.Context, ref oci.Reference, from, to int64) (*passed, error) {
-	clients, err := m.upstreams(ref)
+	all, err := m.sources(ref)
 	if err != nil {
 		return nil, err
 	}
-	f := &fill{fillKey: fillKey{dgst: ref.Digest}, ready: make(chan struct{})} // that nobody else joins
-	for _, client := range clients {
-		f.sources = append(f.sources, &source{ref: ref, client: client})
-	}
+	f := &fill{fillKey: fillKey{dgst: ref.Digest}, ready: make(chan struct{}), sources: all} // that nobody else joins
 	for {
 		sources := f.take()
 		if sources == nil {
 			_, err := f.outcome(ref.Repository)
 			return nil, err
 		}
-		body, src, err := m.openBody(patience, sources, func(values context.Context, src *source) (*upstream.Body, error) {
+		body, src, err := m.openBody(patience, sources, func(values context.Context, src *source) (*body, error) {
 			values = detached{ctx, values} // the body ends with the client
 			if from > 0 {
 				values = upstream.Again(values)
 			}
-			body, err := src.open(values, from)
+			body, err := src.open(values, m, from)
 			f.fail(src, err)
 			return body, err
 		})
@@ -282,7 +279,7 @@ func (p *passed) begin(patience context.Context, to int64) (err error) {
 	if p.at == 0 && (to < 0 || to >= p.size-1) {
 		p.hash = p.dgst.Algorithm().Hash()
 	} else if p.size < 0 {
-		return &upstream.Error{Upstream: p.src.client.Upstream(), Class: "blob", Reason: "does not tell the size"}
+		return &upstream.Error{Upstream: p.src.name(), Class: "blob", Reason: "does not tell the size"}
 	}
 	for p.ready == 0 && p.err == nil {
 		p.fetch()

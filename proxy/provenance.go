@@ -29,6 +29,9 @@ const (
 	cacheConfirmed  = cacheMoved + "; detail=confirmed"                             // upstream named the stored one
 )
 
+// ageUnknown is the age of what was confirmed in the future.
+const ageUnknown = -1
+
 // stale is a stored answer given because upstream did not confirm it: err says why.
 func stale(err error, age, freshFor time.Duration) provenance {
 	p := provenance{age: age}
@@ -45,10 +48,23 @@ func stale(err error, age, freshFor time.Duration) provenance {
 		p.cache = fmt.Sprintf("breakwater; fwd=stale; fwd-status=%d; detail=%s", up.Status, detail)
 	case up.State == "open" || up.State == "held off":
 		p.cache = fmt.Sprintf("breakwater; hit; ttl=%d; detail=%s", int64((freshFor - age).Seconds()), detail)
+		if age == ageUnknown {
+			p.cache = "breakwater; hit; detail=" + detail
+		}
 	default:
 		p.cache = "breakwater; fwd=stale; detail=" + detail
 	}
 	p.warning = fmt.Sprintf("stale by %s: %s", age.Truncate(time.Second), reason)
+	if age == ageUnknown {
+		p.warning = "stale by nobody knows how much: " + reason
+	}
+	return p
+}
+
+// unpublished is a stale answer of which the fleet has not been told yet: other hosts may give an older one.
+func (p provenance) unpublished() provenance {
+	before, _, _ := strings.Cut(p.cache, "; detail=")
+	p.cache = before + "; detail=unpublished"
 	return p
 }
 
@@ -77,7 +93,7 @@ func (p provenance) mark(w *response) {
 	if p.warning != "" {
 		w.Header().Set("Warning", `299 - "`+quotable(p.warning)+`"`)
 	}
-	if p.warning != "" || p.age > 0 {
+	if p.age > 0 || p.warning != "" && p.age != ageUnknown {
 		w.Header().Set("Age", strconv.FormatInt(int64(p.age.Seconds()), 10))
 	}
 }

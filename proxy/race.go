@@ -56,7 +56,7 @@ func (p *progress) trace() *httptrace.ClientTrace {
 // a second time, unless the question is a second try itself or there are too many of them.
 type race[T any] struct {
 	tasks   *tasks
-	clients []*upstream.Client
+	clients []*upstream.Client // nil for one that is no upstream
 	// ask asks one of them. Its context does not end with the race.
 	ask  func(ctx context.Context, i int) (T, error)
 	drop func(T) // of what comes too late; nil if nothing has to be done
@@ -145,7 +145,7 @@ func (r *race[T]) start(ctx context.Context, i int) *progress {
 func (r *race[T]) retry(ctx context.Context) bool {
 	for i, err := range r.errs {
 		up := new(upstream.Error)
-		if !errors.As(err, &up) || !up.Fleeting() {
+		if !errors.As(err, &up) || !up.Fleeting() || r.clients[i] == nil {
 			continue
 		}
 		done, ok := r.clients[i].Retry()
@@ -218,11 +218,14 @@ func (r *race[T]) refusedBefore(ctx context.Context, i int) bool {
 }
 
 // worst is what several upstreams' errors come to (DESIGN 2, "Several answers"): any failure or 429
-// makes it an outage, else any refusal a refusal, else it is not found.
+// makes it an outage, else any refusal a refusal, else it is not found. What the shared store says comes
+// to nothing: it only saves asking.
 func worst(errs []error) error {
 	rank := func(err error) int {
 		up := new(upstream.Error)
 		switch {
+		case errors.As(err, new(*sharedError)):
+			return -1
 		case !errors.As(err, &up) || up.Outage():
 			return 2
 		case up.Kind == upstream.Denied:

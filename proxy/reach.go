@@ -29,6 +29,9 @@ func (c *completions) tried(ref oci.Reference, err error) {
 // tried again, for as long as the tag names it.
 func (c *completions) outOfReach(tag oci.Reference, m oci.Manifest) error {
 	out := c.m.blobsOut(tag.Registry)
+	if out != nil && c.m.fleet.offers(tag, m) {
+		out = nil
+	}
 	c.mu.Lock()
 	failures := len(c.failures)
 	c.mu.Unlock()
@@ -57,6 +60,18 @@ func (c *completions) outOfReach(tag oci.Reference, m oci.Manifest) error {
 		}
 	}
 	return why
+}
+
+// offered has what could not be had of an image tried anew: the fleet says that the bucket has it whole.
+func (c *completions) offered(repo oci.Repository, m oci.Manifest) {
+	images := c.m.store.Images(repo, m)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, image := range images {
+		for _, desc := range slices.Concat(image.Blobs, image.Manifests) {
+			delete(c.failures, oci.Reference{Repository: repo, Digest: desc.Digest})
+		}
+	}
 }
 
 // retryFor tries an image again until it is complete or the tag has moved on. The lock is held.
@@ -123,6 +138,13 @@ func (c *completions) reaches(repo oci.Repository, named, image digest.Digest) b
 	}
 	index, err := c.m.store.Peek(repo, named)
 	return err == nil && slices.ContainsFunc(index.Manifests, func(desc ispec.Descriptor) bool { return desc.Digest == image })
+}
+
+// tagsOut reports whether none of these upstreams is asked what a tag names, since their breakers are not closed.
+func tagsOut(clients []*upstream.Client) bool {
+	return !slices.ContainsFunc(clients, func(client *upstream.Client) bool {
+		return slices.ContainsFunc(client.Health(), func(h upstream.Health) bool { return h.Class == "manifest" && h.State == "closed" })
+	})
 }
 
 // blobsOut is why none of a registry's upstreams gives blobs, nil if one may.

@@ -44,6 +44,7 @@ type response struct {
 	status  int
 	sent    int64 // bytes of body
 	plain   bool  // the connection is the kernel's: no TLS
+	paced   bool  // the deadline moves with what the client takes, and not only with what the kernel does
 	silent  bool  // the body that ServeContent writes is not the one to send
 	cache   string
 	broken  error // why the body ended short
@@ -177,7 +178,7 @@ func (w *response) send(file *os.File, n int64) (sent int64, err error) {
 		m, err := io.Copy(w.ResponseWriter, io.LimitReader(file, n-sent))
 		sent += m
 		w.sent += m
-		if err != nil && (m == 0 || !errors.Is(err, os.ErrDeadlineExceeded)) {
+		if err != nil && (m == 0 || w.paced || !errors.Is(err, os.ErrDeadlineExceeded)) {
 			return sent, err
 		}
 		if err == nil && m == 0 {

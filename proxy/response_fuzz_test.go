@@ -93,9 +93,9 @@ func (r *ranged) renew(at uint) (digest.Digest, []byte) {
 // get asks the mirror for something of a repository.
 func (r *ranged) get(path string, header http.Header) *httptest.ResponseRecorder {
 	req := httptest.NewRequest(http.MethodGet, app+path, nil)
-	req.Host, req.Header = "localhost", header
+	req.Header = header
 	w := httptest.NewRecorder()
-	r.ServeHTTP(w, req)
+	r.ServeHTTP(w, byLoopback(req))
 	return w
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -23,6 +24,7 @@ import (
 	"breakwater/pkg/registrytest"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
+	"breakwater/storage/s3"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
@@ -39,7 +41,8 @@ type rig struct {
 	store   *storage.Disk
 	dir     string
 	disk    storage.Config
-	untidy  bool // files may be left in tmp
+	shared  *s3.Bucket // nil if the mirror has none
+	untidy  bool       // files may be left in tmp
 	client  *http.Client
 	server  *registrytest.Server
 	secure  *registrytest.Server // quay.test over https, in some tests
@@ -99,6 +102,9 @@ func (r *rig) config(yaml string) *config.Config {
 	if !strings.Contains(yaml, "completion:") {
 		cfg.Completion.Images = config.CompleteNone
 	}
+	if r.shared != nil {
+		cfg.Shared.Wait = config.Set(2 * time.Second) // as it is by default where there is a bucket
+	}
 	return cfg
 }
 
@@ -118,6 +124,7 @@ func (r *rig) start(yaml string) {
 	r.mirror, err = New(Config{
 		Config: r.config(yaml),
 		Store:  r.store,
+		Shared: r.shared,
 		Upstreams: upstream.Settings{
 			Lookup: r.network.Lookup,
 			Dial:   r.network.DialContext,
@@ -251,6 +258,13 @@ func (r *rig) raw(method, path string) (head, body string, end error) {
 	r.tells(path, nil, raw)
 	head, body, _ = strings.Cut(string(raw), "\r\n\r\n")
 	return head, body, end
+}
+
+// byLoopback makes a request one that has come from this host, for tests that have no connection.
+func byLoopback(req *http.Request) *http.Request {
+	req = req.WithContext(context.WithValue(req.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 5000}))
+	req.Host, req.RemoteAddr = "127.0.0.1:5000", "127.0.0.1:40000"
+	return req
 }
 
 // repository is what quay.test calls so.

@@ -39,6 +39,9 @@ type target struct {
 	// waits 50 s on a 5xx for a blob there before it goes to the Hub (CLIENTS 2b).
 	bare bool
 	ns   string // to be echoed as OCI-Namespace
+	// What the guard has found.
+	caller     string // "" if not known
+	onlyPublic bool   // nothing that was got with a credential may be served
 }
 
 // parse is the only code that knows how URLs name things: four ways for a repository, in the order

@@ -24,7 +24,7 @@ func ConnContext(ctx context.Context, conn net.Conn) context.Context {
 
 // keepPace moves the write deadline while the client's side of the connection acknowledges bytes, until
 // stop is called. A connection that is not the kernel's has only the deadlines that are set by writing.
-func keepPace(ctx context.Context) (stop func()) {
+func (w *response) keepPace(ctx context.Context) (stop func()) {
 	conn, _ := ctx.Value(connKey{}).(net.Conn)
 	below := conn
 	if secure, ok := conn.(*tls.Conn); ok {
@@ -38,6 +38,7 @@ func keepPace(ctx context.Context) (stop func()) {
 	if err != nil {
 		return func() {}
 	}
+	w.paced = true
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() { // ends with stop, which waits for it
 		defer close(done)

@@ -12,6 +12,7 @@ import (
 	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
 	"breakwater/storage"
+	"breakwater/storage/s3"
 )
 
 // resolution is upstream's word on a tag, with the manifest that it names.
@@ -25,14 +26,26 @@ type resolution struct {
 
 // manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
 func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
-	stored, tag := m.storedTag(t.ref)
-	validatedAt := tag.Current.ValidatedAt
-	if m.fresh(t, validatedAt) {
-		manifest, how := m.pullable(t, tag, stored, provenance{cache: cacheHit, age: time.Since(validatedAt)})
+	stored, tag := m.storedTagFor(t)
+	unseen := tag.Current.ValidatedAt.IsZero()
+	if m.fleet != nil && !m.fresh(t.ref, tag.Current.ValidatedAt) && m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration > 0 {
+		m.fleet.hear(ctx, t.ref, nil) // another host may have asked lately
+		stored, tag = m.storedTagFor(t)
+	}
+	if m.fresh(t.ref, tag.Current.ValidatedAt) {
+		manifest, how := m.pullable(t, tag, stored, provenance{cache: cacheHit, age: max(0, time.Since(tag.Current.ValidatedAt))})
 		return manifest, how, nil
 	}
-	resolved, how, err := revalidate(ctx, m, t, m.standby(t, validatedAt), m.questionTag(t.ref))
+	q := m.questionTag(t.ref)
+	if m.fleet != nil {
+		m.fleet.hear(ctx, t.ref, q)
+		stored, tag = m.storedTagFor(t)
+	}
+	resolved, how, err := revalidate(ctx, m, t, m.standby(t, tag.Current.ValidatedAt), q)
 	if errors.Is(err, errUseStored) {
+		if m.fleet != nil && tag.Published.Digest != tag.Current.Digest {
+			how = how.unpublished()
+		}
 		manifest, how := m.pullable(t, tag, stored, how)
 		return manifest, how, nil
 	}
@@ -41,11 +54,13 @@ func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, pro
 		how = stale(resolved.unconfirmed, max(0, time.Since(resolved.at)), m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration)
 	case err == nil && !resolved.fetched:
 		how = provenance{cache: cacheConfirmed}
+	case err == nil && unseen: // what is stored by now is upstream's answer
+		how.cache = cacheFetched
 	}
 	if err != nil {
 		return oci.Manifest{}, how, err
 	}
-	_, tag = m.storedTag(t.ref) // what upstream said has been noted
+	_, tag = m.storedTagFor(t) // what upstream said has been noted
 	manifest, how := m.pullable(t, tag, resolved.manifest, how)
 	return manifest, how, nil
 }
@@ -65,7 +80,7 @@ func (m *Mirror) pullable(t target, tag storage.Tag, named oci.Manifest, how pro
 	}
 	rules := m.cfg.Load().TagsFor(t.ref.Repository)
 	age := max(0, time.Since(last.ValidatedAt))
-	if last.Digest == "" || age >= rules.MaxStale.Duration {
+	if last.Digest == "" || age >= rules.MaxStale.Duration || m.withheld(t, last.Digest) {
 		return named, how
 	}
 	why := m.completions.outOfReach(t.ref, named)
@@ -83,11 +98,15 @@ func (m *Mirror) pullable(t target, tag storage.Tag, named oci.Manifest, how pro
 // errUseStored says that the stored answer is to be given, marked stale.
 var errUseStored = errors.New("use what is stored")
 
-// fresh reports whether an answer that upstream gave then needs no question now. One from the future,
-// by a clock since set back, always does.
-func (m *Mirror) fresh(t target, validatedAt time.Time) bool {
+// clockTolerance is how far a time may be ahead of the clock and be taken for now: another host told it to
+// the second.
+const clockTolerance = 2 * time.Second
+
+// fresh reports whether an answer that upstream gave then needs no question now. One from the future, by a clock since set back,
+// always does.
+func (m *Mirror) fresh(ref oci.Reference, validatedAt time.Time) bool {
 	age := time.Since(validatedAt)
-	return age >= 0 && age < m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration
+	return age >= -clockTolerance && age < m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration
 }
 
 // standby is a stored answer that can be given if upstream does not give its own.
@@ -104,14 +123,21 @@ func (m *Mirror) standby(t target, validatedAt time.Time) standby {
 	return standby{validatedAt, max(m.cfg.Load().TagsFor(t.ref.Repository).RevalidateTimeout.Duration, 1)} // 0 s: asked, not waited for
 }
 
-func (s standby) age() time.Duration { return max(0, time.Since(s.validatedAt)) }
+// age is how long ago it was confirmed; ageUnknown if that was in the future.
+func (s standby) age() time.Duration {
+	age := time.Since(s.validatedAt)
+	if age < -clockTolerance {
+		return ageUnknown
+	}
+	return max(0, age)
+}
 
 // revalidate is the contract for all that can change upstream (DESIGN 2). It returns upstream's
 // answer, or errUseStored with how to mark the stored one, or the error to answer with.
 func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q *question[T]) (T, provenance, error) {
 	rules := m.cfg.Load().TagsFor(t.ref.Repository)
 	stored, patience := !have.validatedAt.IsZero(), have.patience
-	tooOld := stored && have.age() >= rules.MaxStale.Duration
+	tooOld := stored && (have.age() >= rules.MaxStale.Duration || have.age() == ageUnknown && rules.MaxStale.Duration != config.Unlimited)
 	if tooOld {
 		patience = 0 // it cannot be given
 	}
@@ -140,6 +166,15 @@ func revalidate[T any](ctx context.Context, m *Mirror, t target, have standby, q
 	return answer, stale(err, have.age(), rules.FreshFor.Duration), errUseStored
 }
 
+// storedTagFor is storedTag, unless what is stored is not for this request.
+func (m *Mirror) storedTagFor(t target) (oci.Manifest, storage.Tag) {
+	manifest, tag := m.storedTag(t.ref)
+	if tag.Current.Digest != "" && m.withheld(t, tag.Current.Digest) {
+		return oci.Manifest{}, storage.Tag{}
+	}
+	return manifest, tag
+}
+
 // storedTag is what the record names, and the record: zero unless both are stored.
 func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, storage.Tag) {
 	tag, err := m.store.Tag(ref.Repository, ref.Tag)
@@ -159,8 +194,11 @@ func (m *Mirror) storedTag(ref oci.Reference) (oci.Manifest, storage.Tag) {
 // tooStale is the 503 for a tag whose stored answer is older than the user allows.
 func (t target) tooStale(err error, age time.Duration) error {
 	e := t.unavailable(err)
-	e.Message = fmt.Sprintf("%s: stored, but last confirmed %s ago, which is over max_stale, and upstream does not answer: %s",
-		t.ref, age.Truncate(time.Second), e.Detail.(outageDetail).Reason)
+	confirmed := age.Truncate(time.Second).String() + " ago, which is over max_stale"
+	if age == ageUnknown {
+		confirmed = "in the future, so that nobody can tell if it is over max_stale"
+	}
+	e.Message = fmt.Sprintf("%s: stored, but last confirmed %s, and upstream does not answer: %s", t.ref, confirmed, e.Detail.(outageDetail).Reason)
 	return e
 }
 
@@ -170,6 +208,13 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 	clients, err := m.upstreams(ref)
 	if err != nil {
 		return resolution{}, err
+	}
+	var lease *s3.Lease
+	if m.fleet != nil && m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration > 0 && !tagsOut(clients) {
+		var told resolution
+		if lease, told = m.fleet.leadTag(ctx, ref); told.durable {
+			return told, nil
+		}
 	}
 	var r *race[resolution]
 	r = askAll(m, clients, func(ctx context.Context, client *upstream.Client) (resolution, error) {
@@ -181,12 +226,17 @@ func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, err
 	})
 	answer, i, err := r.run(ctx)
 	if _, tag := m.storedTag(ref); err == nil && answer.unconfirmed != nil && tag.Current.ValidatedAt.After(answer.at) {
-		return answer, answer.unconfirmed // ours is newer than theirs
+		err = answer.unconfirmed // ours is newer than theirs
 	}
-	if err == nil && answer.durable {
-		m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: answer.at, Upstream: clients[i].Upstream()})
+	if err != nil || !answer.durable {
+		m.fleet.release(lease)
+		return answer, err
 	}
-	return answer, err
+	m.keepTag(ref, storage.Validated{Digest: answer.manifest.Digest, ValidatedAt: answer.at, Upstream: clients[i].Upstream()})
+	if m.fleet != nil {
+		m.fleet.publish.tag(ref, lease)
+	}
+	return answer, nil
 }
 
 // turnsBack reports whether an answer may be that of a lagging copy: it is another than the stored
@@ -210,7 +260,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	}
 	if resolved.Manifest != nil {
 		answer.manifest, answer.fetched = *resolved.Manifest, true
-		answer.durable = m.keepManifest(client, ref.Repository, answer.manifest)
+		answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, answer.manifest)
 		return answer, nil
 	}
 	named := oci.Reference{Repository: ref.Repository, Digest: resolved.Digest}
@@ -219,7 +269,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	}
 	if manifest, ok := m.unstored.get(named); ok { // upstream has just named it
 		answer.manifest, answer.fetched = manifest, true
-		answer.durable = m.keepManifest(client, ref.Repository, manifest)
+		answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, manifest)
 		return answer, nil
 	}
 	if answer.manifest, err = client.Manifest(ctx, named); err != nil {
@@ -232,7 +282,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 		return resolution{}, err
 	}
 	answer.fetched = true
-	answer.durable = m.keepManifest(client, ref.Repository, answer.manifest)
+	answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, answer.manifest)
 	return answer, nil
 }
 

@@ -20,7 +20,7 @@ func TestF71AgesAreTrueAtBothTiers(t *testing.T) {
 		if err != nil {
 			r.Fatal(err)
 		}
-		mirror, err := New(Config{Config: r.config(`{default_registry: docker.io, server_names: [region.test], registries: {docker.io: {upstreams: [{url: "http://quay.test:80"}]}}}`),
+		mirror, err := New(Config{Config: r.config(`{listen: ":5000", access: {anonymous: true}, default_registry: docker.io, server_names: [region.test], registries: {docker.io: {upstreams: [{url: "http://quay.test:80"}]}}}`),
 			Store: store, Upstreams: upstream.Settings{Lookup: r.network.Lookup, Dial: r.network.DialContext}})
 		if err != nil {
 			r.Fatal(err)

@@ -37,7 +37,7 @@ type transfer struct {
 	size   int64           // -1 if nobody could tell
 	at     int64           // how far it has been read
 	src    *source
-	body   *upstream.Body
+	body   *body
 	mixed  bool  // bytes of more than one source are in it
 	broke  error // why the body broke off, behind what it has brought
 
@@ -50,7 +50,7 @@ type transfer struct {
 }
 
 // transfer brings the blob, beginning with the body that src has opened.
-func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstream.Body) error {
+func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *body) error {
 	t := &transfer{fill: f, src: src, body: body}
 	defer func() { t.body.Close() }()
 	var err error
@@ -83,7 +83,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *upstr
 		return t.judge(err)
 	}
 	f.publish(t.ingest)
-	if err := t.ingest.Commit(m.confirmation(t.src.client, src.ref.Repository)); err != nil {
+	if err := t.ingest.Commit(t.body.confirmation); err != nil {
 		m.logNotStored("blob not stored", err, "digest", f.dgst) // its readers have all of it
 	}
 	return nil
@@ -96,7 +96,7 @@ func (t *transfer) judge(err error) error {
 		return err
 	}
 	if !t.mixed {
-		t.src.client.Mismatch(t.src.ref)
+		t.src.mismatch()
 	}
 	return t.src.lied(err)
 }
@@ -134,7 +134,7 @@ func (m *Mirror) read(ctx context.Context, t *transfer, p []byte) (int, error) {
 		if err == nil || errors.Is(err, io.EOF) || t.size < 0 { // nobody can tell where the rest of unknown size ends
 			return n, err
 		}
-		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.client.Upstream(), "size", t.at, "err", err)
+		m.logger.Warn("body broke off", "repository", t.src.ref.Repository, "digest", t.dgst, "upstream", t.src.name(), "size", t.at, "err", err)
 		if errors.Is(err, errSlow) {
 			t.broke = nil
 			if others := t.others(); len(others) > 0 { // the last may have failed a moment ago
@@ -167,7 +167,7 @@ func (t *transfer) read(p []byte) (int, error) {
 		return n, io.EOF
 	}
 	if errors.Is(err, io.EOF) && t.at < t.size { // it had no length of its own to be held to
-		err = &upstream.Error{Upstream: t.src.client.Upstream(), Class: "blob", Reason: "body ended early"}
+		err = &upstream.Error{Upstream: t.src.name(), Class: "blob", Reason: "body ended early"}
 	}
 	if err != nil {
 		t.broke = err
@@ -199,11 +199,11 @@ func pause(ctx context.Context, breaks int) bool {
 // resume opens the rest of the blob at one of these sources. Nothing has changed if none has it.
 func (m *Mirror) resume(ctx context.Context, t *transfer, sources []*source) bool {
 	at, size := t.at, t.size // those who lose still ask when it has gone on
-	body, src, err := m.openBody(upstream.Again(ctx), sources, func(ctx context.Context, src *source) (*upstream.Body, error) {
-		body, err := src.open(ctx, at)
-		if err == nil && body.Size >= 0 && body.Size != size {
+	body, src, err := m.openBody(upstream.Again(ctx), sources, func(ctx context.Context, src *source) (*body, error) {
+		body, err := src.open(ctx, m, at)
+		if err == nil && body.size >= 0 && body.size != size {
 			body.Close()
-			return nil, src.lied(fmt.Errorf("%d bytes where another announced %d", body.Size, size))
+			return nil, src.lied(fmt.Errorf("%d bytes where another announced %d", body.size, size))
 		}
 		return body, err
 	})
@@ -230,30 +230,4 @@ func (t *transfer) others() []*source {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(t.sources), func(s *source) bool { return s == t.src || s.err != nil })
-}
-
-// lied is the error of a source that sent other bytes than the digest names.
-func (s *source) lied(err error) error {
-	return &upstream.Error{Upstream: s.client.Upstream(), Class: "blob", Reason: "sent wrong content", Err: err}
-}
-
-// sizeOf settles how long the blob is, -1 if nobody can tell. A length that contradicts the manifest
-// is refused before a byte of it is released.
-func (m *Mirror) sizeOf(ctx context.Context, src *source, body *upstream.Body) (int64, error) {
-	size := body.Size
-	if size < 0 {
-		stat, err := src.client.StatBlob(ctx, src.ref)
-		if err == nil {
-			size = stat
-		}
-	}
-	expected, known := m.expected.size(src.ref)
-	switch {
-	case size < 0 && known:
-		return expected, nil
-	case known && size != expected:
-		src.client.Mismatch(src.ref)
-		return 0, src.lied(fmt.Errorf("%d bytes announced where the manifest says %d", size, expected))
-	}
-	return size, nil
 }

@@ -29,6 +29,7 @@ type Answer struct {
 	Link        string    `json:"link,omitempty"` // the header that names the next page
 	ValidatedAt time.Time `json:"validated_at"`
 	Upstream    string    `json:"upstream"`
+	Credential  string    `json:"credential,omitempty"` // as of a Confirmation; "" if it is for everybody
 }
 
 func (a *Answer) check() error {

@@ -18,6 +18,7 @@
 //	    parked-<algorithm>-<hex>-<size>-<hash of repository>
 //	                                 what has broken off, kept for an hour after its time
 //	quarantine/                      what must not be served; for people to look at
+//	unpublished/                     what has to be written to the shared store, a reference in each file
 //	LOCK                             flock, and the id of the process that holds it
 //	UNCLEAN                          when a process was last found not to have closed the folder
 //	VERSION                          of this layout
@@ -84,11 +85,12 @@ type Disk struct {
 	sequence atomic.Uint64 // ends them
 
 	*volume
-	opened  []io.Closer // root and all below it that is open
-	root    folder
-	tmp     folder
-	records folder
-	blobs   map[digest.Algorithm]folder
+	opened      []io.Closer // root and all below it that is open
+	root        folder
+	tmp         folder
+	records     folder
+	unpublished folder
+	blobs       map[digest.Algorithm]folder
 
 	index    *index
 	policy   atomic.Pointer[Policy]
@@ -211,12 +213,12 @@ func (d *Disk) open(dir string) (err error) {
 		return err
 	}
 	folders := map[string]folder{}
-	for _, name := range []string{"tmp", "quarantine", "records", "records/_public", "blobs", "blobs/sha256", "blobs/sha512"} {
+	for _, name := range []string{"tmp", "quarantine", "unpublished", "records", "records/_public", "blobs", "blobs/sha256", "blobs/sha512"} {
 		if folders[name], err = d.openFolder(name); err != nil {
 			return err
 		}
 	}
-	d.tmp, d.records = folders["tmp"], folders["records"]
+	d.tmp, d.records, d.unpublished = folders["tmp"], folders["records"], folders["unpublished"]
 	d.blobs = map[digest.Algorithm]folder{digest.SHA256: folders["blobs/sha256"], digest.SHA512: folders["blobs/sha512"]}
 	return errors.Join(d.createFiles(), d.noteUnclean())
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
+	"time"
 
 	"breakwater/pkg/oci"
 
@@ -92,6 +93,42 @@ func (d *Disk) Complete(repo oci.Repository, dgst digest.Digest) bool {
 // RenewTag notes what an upstream has just said that a tag names, by the rules of PutTag. What it named
 // before is its last complete image from now on, if that is complete and the new one is not.
 func (d *Disk) RenewTag(repo oci.Repository, tag string, current Validated) error {
+	return d.renewTag(repo, tag, current, func(*Tag) bool { return true })
+}
+
+// clockTolerance is how far a time may be ahead of the clock: another host's was told to the second.
+const clockTolerance = 2 * time.Second
+
+// AdoptTag notes what the fleet has published of a tag, and has it renewed by that if it was confirmed later
+// than what is known here. Where the clocks cannot tell, a record goes before an older one, and what an
+// upstream has told this host before what it has told another. A time in the future says nothing, and is taken
+// only if nothing is known.
+func (d *Disk) AdoptTag(repo oci.Repository, tag string, p Published, upstream string) error {
+	p.At = p.At.UTC().Round(0)
+	return d.renewTag(repo, tag, Validated{Digest: p.Digest, ValidatedAt: p.At, Upstream: upstream}, func(t *Tag) bool {
+		latest := time.Now().Add(clockTolerance)
+		known, before := t.Current, t.Published
+		if p.Generation >= before.Generation {
+			t.Published = p
+		}
+		switch {
+		case known.Digest == "":
+			return true
+		case p.At.After(latest) || p.Generation < before.Generation:
+			return false
+		case known.ValidatedAt.After(latest):
+			return true
+		case known.Digest == p.Digest:
+			return p.At.After(known.ValidatedAt)
+		case known.Digest == before.Digest && p.Generation > before.Generation:
+			return p.At.After(known.ValidatedAt.Add(-clockTolerance))
+		}
+		return p.At.After(known.ValidatedAt.Add(clockTolerance))
+	})
+}
+
+// renewTag makes current what a tag names, if the tag as it stands then is to be renewed.
+func (d *Disk) renewTag(repo oci.Repository, tag string, current Validated, renew func(*Tag) bool) error {
 	before, err := d.Tag(repo, tag)
 	if err != nil {
 		before = Tag{}
@@ -101,6 +138,9 @@ func (d *Disk) RenewTag(repo oci.Repository, tag string, current Validated) erro
 	whole := !moved && wasWhole || d.Complete(repo, current.Digest)
 	wasWhole = wasWhole || moved && d.Complete(repo, before.Current.Digest)
 	return d.updateTag(repo, tag, func(t *Tag) {
+		if !renew(t) {
+			return
+		}
 		if wasWhole && t.Current.Digest == before.Current.Digest {
 			t.LastComplete = t.Current
 		}

@@ -79,6 +79,25 @@ func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (record, error) {
 	return record{}, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
 }
 
+// Confirmed tells how a repository reaches stored content, and its size. It is fs.ErrNotExist if it does not,
+// or if the content is not stored.
+func (d *Disk) Confirmed(repo oci.Repository, dgst digest.Digest) (Confirmation, int64, error) {
+	var r record
+	public := true
+	err := d.readRecord(publicRecord(dgst), &r)
+	if err != nil || !r.confirms() {
+		public = false
+		r, err = d.reach(repo, dgst)
+	}
+	if err == nil {
+		_, err = d.blobs[dgst.Algorithm()].lstat(dgst.Encoded())
+	}
+	if err != nil {
+		return Confirmation{}, 0, fmt.Errorf("confirmation of %s: %w", dgst, err)
+	}
+	return Confirmation{At: r.ConfirmedAt, Upstream: r.Upstream, Credential: r.Credential, Public: public}, r.Size, nil
+}
+
 // originRecord says where content came from that some repositories may read: only that upstream's
 // word is taken for others.
 func originRecord(dgst digest.Digest) string { return path.Join("_private", dgst.Encoded()) }

@@ -21,6 +21,14 @@ const tagEntries = 8 << 10
 type Tag struct {
 	Current      Validated `json:"current"`
 	LastComplete Validated `json:"last_complete,omitzero"` // answered while Current cannot be had whole
+	Published    Published `json:"published,omitzero"`     // the fleet's newest record, as far as it was seen
+}
+
+// Published is what the record in the fleet's shared store says of a tag.
+type Published struct {
+	Digest     digest.Digest `json:"digest"`
+	At         time.Time     `json:"at"`         // when an upstream last said so, by this host's clock
+	Generation uint64        `json:"generation"` // grows with each change of the record, and never goes back
 }
 
 // Validated is a digest, and when which upstream has last said that the tag names it.
@@ -34,11 +42,18 @@ func (t *Tag) check() error {
 	if _, err := oci.ParseDigest(t.Current.Digest.String()); err != nil {
 		return err
 	}
-	if t.LastComplete == (Validated{}) {
-		return nil
+	for _, dgst := range []digest.Digest{t.LastComplete.Digest, t.Published.Digest} {
+		if dgst == "" {
+			continue
+		}
+		if _, err := oci.ParseDigest(dgst.String()); err != nil {
+			return err
+		}
 	}
-	_, err := oci.ParseDigest(t.LastComplete.Digest.String())
-	return err
+	if t.LastComplete.Digest == "" && t.LastComplete != (Validated{}) {
+		return fmt.Errorf("the last complete image has no digest")
+	}
+	return nil
 }
 
 // wall takes out the monotonic clock, which stands still while the machine sleeps: ages are true.

@@ -18,6 +18,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/ecr"
 	"github.com/aws/smithy-go"
+	"github.com/aws/smithy-go/logging"
 	"github.com/docker/docker-credential-helpers/client"
 	"github.com/docker/docker-credential-helpers/credentials"
 )
@@ -246,7 +247,7 @@ func (w *limitedWriter) Write(p []byte) (int, error) {
 // askECR has Amazon's service make a token, which is good for twelve hours. Whose token it is, and
 // where the service is, is found as all programs of the SDK find it.
 func askECR(ctx context.Context, region string) (secret, error) {
-	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(region))
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(region), config.WithLogger(logging.Nop{}))
 	if err != nil {
 		return secret{}, errors.New("ecr: the configuration of the AWS SDK cannot be read")
 	}

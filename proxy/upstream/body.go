@@ -18,8 +18,6 @@ const (
 	// bodies that stall were the incident's own shape.
 	verdictBytes = 256 << 10
 	verdictTime  = 30 * time.Second
-	// primeBuffer is room for what has come with the first byte.
-	primeBuffer = 32 << 10
 	// shunTime is how long an upstream is not asked again for a digest that it sent wrong bytes for.
 	shunTime = 10 * time.Minute
 	// maxLies is how many digests it may lie about in shunTime before that is a failure of its own.
@@ -40,8 +38,6 @@ type Body struct {
 	host    string // that it comes from, perhaps after redirects
 	read    int64
 	waiting atomic.Bool // in Read: the upstream's turn
-	ahead   []byte      // read by Prime, to be read again
-	end     error       // that Prime met behind it
 	failed  func(error) *Error
 	settle  func(error)
 	settled bool
@@ -63,38 +59,8 @@ func newBody(c *Client, ref oci.Reference, resp *http.Response, settle func(erro
 	return b
 }
 
-// Prime waits until the first n bytes have come, or all if they are fewer. Its error is an *Error.
-// They can still be read.
-func (b *Body) Prime(n int64) error {
-	buf := make([]byte, max(n, primeBuffer))
-	for int64(len(b.ahead)) < n && b.end == nil {
-		var more int
-		more, b.end = b.fetch(buf[len(b.ahead):])
-		b.ahead = buf[:len(b.ahead)+more]
-	}
-	if int64(len(b.ahead)) >= n || errors.Is(b.end, io.EOF) {
-		return nil
-	}
-	return b.end
-}
-
 // Read fails with an *Error or io.EOF.
 func (b *Body) Read(p []byte) (int, error) {
-	if len(b.ahead) > 0 {
-		n := copy(p, b.ahead)
-		if b.ahead = b.ahead[n:]; len(b.ahead) == 0 {
-			b.ahead = nil
-		}
-		return n, nil
-	}
-	if b.end != nil {
-		return 0, b.end
-	}
-	return b.fetch(p)
-}
-
-// fetch reads from the upstream, and settles what that is worth.
-func (b *Body) fetch(p []byte) (int, error) {
 	b.waiting.Store(true)
 	n, err := b.body.Read(p)
 	b.waiting.Store(false)

@@ -135,12 +135,16 @@ func (c *Client) Health() []Health {
 	return all
 }
 
-// Credential identifies the account in use, without its secret; "" is anonymous.
+// Credential identifies what is shown to the upstream, an account or a certificate, without its secret; "" is
+// anonymous.
 func (c *Client) Credential() string {
-	if c.cfg.Account == (Account{}) {
-		return ""
+	switch {
+	case c.cfg.Account != (Account{}):
+		return c.base.Host + "/" + c.cfg.Account.id()
+	case c.cfg.CertFile != "":
+		return c.base.Host + "/certificate"
 	}
-	return c.base.Host + "/" + c.cfg.Account.id()
+	return ""
 }
 
 // AnswersTags reports whether the upstream may say what a tag names; it is asked for digests if not.

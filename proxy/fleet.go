@@ -1,0 +1,360 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http/httptrace"
+	"time"
+
+	"breakwater/pkg/oci"
+	"breakwater/storage"
+	"breakwater/storage/s3"
+)
+
+const (
+	// sharedName is what answers and logs call the shared store.
+	sharedName = "shared store"
+	// fleetTime is how long anybody waits for the bucket where an upstream could be asked instead.
+	fleetTime = 2 * time.Second
+	// followPause is between two looks at what another host of the fleet is fetching, and takePause between two
+	// looks whether it still does: those are two requests to the bucket, of which one is a write.
+	followPause = 250 * time.Millisecond
+	takePause   = time.Second
+)
+
+// sharedError is the error of the shared store: all that it costs is that somebody else is asked.
+type sharedError struct{ err error }
+
+func (e *sharedError) Error() string { return sharedName + ": " + e.err.Error() }
+func (e *sharedError) Unwrap() error { return e.err }
+
+// fleet is what the mirrors of a fleet know together (DESIGN 9): read here, published by its publisher.
+type fleet struct {
+	m       *Mirror
+	bucket  *s3.Bucket
+	words   questions[struct{}]
+	publish *publisher
+}
+
+// open opens a blob of the bucket from offset on, if the fleet has a record that lets ref's repository read
+// it. The record is asked for at the same time.
+func (f *fleet) open(ctx context.Context, ref oci.Reference, offset int64) (*body, error) {
+	type reached struct {
+		content s3.Content
+		err     error
+	}
+	record := make(chan reached, 1)
+	if !f.m.filling.start(func(life context.Context) {
+		r := reached{err: errPanicked}
+		defer func() { record <- r }()
+		r.content, r.err = f.content(detached{life, ctx}, ref)
+	}) {
+		return nil, errClosed
+	}
+	blob, err := f.bucket.Blob(ctx, ref.Digest, s3.Aligned(offset))
+	reach := <-record // it ends in time by itself
+	if err != nil {
+		return nil, &sharedError{err}
+	}
+	if reach.err == nil && blob.Size != reach.content.Size {
+		reach.err = &sharedError{fmt.Errorf("%s is %d bytes long, recorded with %d", ref.Digest, blob.Size, reach.content.Size)}
+	}
+	if reach.err != nil {
+		_ = blob.Close()
+		return nil, reach.err
+	}
+	from := &sharedBody{reach.content.Verified(ref.Digest, blob, offset), f, ref}
+	return &body{ReadCloser: from, size: blob.Size, confirmation: f.confirmation(ref.Repository, reach.content)}, nil
+}
+
+// sharedBody has the shared store's errors.
+type sharedBody struct {
+	io.ReadCloser
+	fleet *fleet
+	ref   oci.Reference
+}
+
+func (b *sharedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if errors.Is(err, s3.ErrWrong) {
+		b.fleet.distrust(b.ref)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = &sharedError{err}
+	}
+	return n, err
+}
+
+// content is the record by which a repository reaches what the bucket has. One that another host has got with a
+// credential is for hosts that have one for the repository too.
+func (f *fleet) content(ctx context.Context, ref oci.Reference) (s3.Content, error) {
+	first := s3.PublicOnly
+	for _, client := range f.m.pool.Clients(ref.Registry) {
+		if !f.m.confirmation(client, ref.Repository).Public {
+			first = s3.PrivateFirst
+		}
+	}
+	content, err := f.bucket.Content(ctx, ref.Repository, ref.Digest, first)
+	if err != nil {
+		return content, &sharedError{err}
+	}
+	return content, nil
+}
+
+// confirmation is the word of the host that got the content.
+func (f *fleet) confirmation(repo oci.Repository, c s3.Content) storage.Confirmation {
+	return storage.Confirmation{At: c.ConfirmedAt, Upstream: c.Upstream, Credential: c.Credential,
+		Public: c.Public || f.m.cfg.Load().IsPublic(repo)}
+}
+
+// manifest fetches and stores a manifest that another host has published.
+func (f *fleet) manifest(ctx context.Context, ref oci.Reference) (oci.Manifest, error) {
+	body, err := f.open(ctx, ref, 0)
+	if err != nil {
+		return oci.Manifest{}, err
+	}
+	defer body.Close()
+	if body.size > oci.MaxManifest {
+		return oci.Manifest{}, &sharedError{fmt.Errorf("%s: %d bytes are no manifest", ref.Digest, body.size)}
+	}
+	raw, err := io.ReadAll(io.LimitReader(body, oci.MaxManifest))
+	if err != nil {
+		return oci.Manifest{}, err
+	}
+	manifest, err := oci.ParseManifest("", raw, ref.Digest.Algorithm())
+	if err == nil && manifest.Digest != ref.Digest {
+		f.distrust(ref)
+		err = fmt.Errorf("%s is %s", ref.Digest, manifest.Digest)
+	}
+	if err != nil {
+		return oci.Manifest{}, &sharedError{err}
+	}
+	f.m.keepManifest(body.confirmation, ref.Repository, manifest)
+	return manifest, nil
+}
+
+// distrust is for content that is not what its digest says. Once this host has it from elsewhere, the bucket
+// gets the right bytes.
+func (f *fleet) distrust(ref oci.Reference) {
+	f.m.logger.Error("the shared store has wrong bytes", "repository", ref.Repository, "digest", ref.Digest)
+	f.bucket.Distrust(ref.Digest)
+	f.publish.replace(ref)
+}
+
+// ask asks the bucket what the fleet's newest record says of a tag, and has that adopted. There is one
+// question for all who want to know.
+func (f *fleet) ask(ref oci.Reference) *question[struct{}] {
+	return f.words.join(f.m.asking, ref.String(), func(ctx context.Context) (struct{}, error) {
+		ctx, cancel := context.WithTimeout(ctx, fleetTime)
+		defer cancel()
+		err := f.adopt(ctx, ref)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, s3.ErrOut) {
+			f.m.logger.Warn("record of the fleet not adopted", "repository", ref.Repository, "reference", ref.Tag, "err", err)
+		}
+		return struct{}{}, err
+	})
+}
+
+// adopt makes the fleet's newest record the stored one, unless what is stored was confirmed later. Its
+// manifest is stored first.
+func (f *fleet) adopt(ctx context.Context, ref oci.Reference) error {
+	published, err := f.bucket.Tag(ctx, ref)
+	if err != nil {
+		return err
+	}
+	tag, err := f.m.store.Tag(ref.Repository, ref.Tag)
+	known := storage.Published{Digest: published.Digest, At: published.ValidatedAt, Generation: published.Generation}
+	if err == nil && tag.Published.Generation > published.Generation {
+		return nil // an older one, played again
+	}
+	if err == nil && tag.Published.Generation == published.Generation && tag.Published.Digest == published.Digest && !published.ValidatedAt.After(tag.Current.ValidatedAt) {
+		return nil // nothing new
+	}
+	named := oci.Reference{Repository: ref.Repository, Digest: published.Digest}
+	manifest, err := f.m.store.Peek(named.Repository, named.Digest)
+	if err != nil {
+		if manifest, err = f.manifest(ctx, named); err != nil {
+			return err
+		}
+	}
+	if err := f.m.store.AdoptTag(ref.Repository, ref.Tag, known, published.Upstream); err != nil {
+		return err
+	}
+	if tag.Published.Digest != published.Digest {
+		f.m.completions.offered(ref.Repository, manifest)
+	}
+	return nil
+}
+
+// hear waits for the fleet's word on a tag, for at most fleetTime, or until the upstreams have given theirs:
+// done is closed then. A nil fleet has none.
+func (f *fleet) hear(ctx context.Context, ref oci.Reference, upstreams *question[resolution]) {
+	if f == nil {
+		return
+	}
+	word := f.ask(ref)
+	late := time.NewTimer(fleetTime)
+	defer late.Stop()
+	var done <-chan struct{}
+	if upstreams != nil {
+		done = upstreams.done
+	}
+	for {
+		select {
+		case <-done:
+			if upstreams.err == nil {
+				return
+			}
+			done = nil // nothing: the fleet's word is all that there will be
+		case <-word.done:
+			return
+		case <-late.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// leadTag waits while another host asks what a tag names. It returns what that one was told, or a lease if
+// this host is to ask.
+func (f *fleet) leadTag(ctx context.Context, ref oci.Reference) (*s3.Lease, resolution) {
+	var told resolution
+	var never time.Time // what is remembered may be old
+	lease, _ := f.lead(ctx, ref.String(), never, func() bool {
+		f.bucket.Forget(ref)
+		if f.adopt(ctx, ref) != nil {
+			return false
+		}
+		manifest, tag := f.m.storedTag(ref)
+		if !f.m.fresh(ref, tag.Current.ValidatedAt) {
+			return false
+		}
+		told = resolution{manifest: manifest, at: tag.Current.ValidatedAt, durable: true}
+		return true
+	})
+	return lease, told
+}
+
+// offers reports whether an image that a tag names can be had from the bucket.
+func (f *fleet) offers(tag oci.Reference, m oci.Manifest) bool {
+	if f == nil || f.bucket.Health().Reads.Open {
+		return false
+	}
+	known, err := f.m.store.Tag(tag.Repository, tag.Tag)
+	return err == nil && known.Published.Digest == m.Digest
+}
+
+// fetch is a fill's blob as the fleet has it. If it does not, and nobody else of it is about to, this host
+// fetches it for all of them.
+func (f *fleet) fetch(ctx context.Context, fill *fill, sources []*source) (*body, *source) {
+	for _, src := range sources {
+		if src.client != nil {
+			continue
+		}
+		var got *body
+		var err error
+		come := func() bool {
+			got, err = fill.tryOpen(f.m)(ctx, src)
+			return err == nil
+		}
+		if come() {
+			return got, src
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		lease, came := f.lead(ctx, src.ref.Digest.String(), time.Now(), come)
+		if came {
+			return got, src
+		}
+		if lease != nil {
+			f.publish.upload(fill, src.ref, lease)
+		}
+		return nil, nil // other repositories' records would not be there sooner
+	}
+	return nil, nil
+}
+
+// lead waits while another host of the fleet is doing something, until come says that it is done, for at most
+// the configuration's shared.wait. It was last found not to be then. It returns a lease if this host is to do
+// it, whatever it is; nil if nobody else is known to. The caller releases it.
+func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come func() bool) (lease *s3.Lease, came bool) {
+	wait := f.m.cfg.Load().Shared.Wait.Duration
+	for begun := time.Now(); ; {
+		lease, err := f.lease(ctx, name)
+		if lease != nil && time.Since(looked) > followPause && come() {
+			f.release(lease)
+			return nil, true
+		}
+		if !errors.Is(err, s3.ErrHeld) {
+			return lease, false
+		}
+		for taken := time.Now(); time.Since(taken) < takePause; looked = time.Now() {
+			left := wait - time.Since(begun)
+			if left <= 0 {
+				return nil, false
+			}
+			select {
+			case <-time.After(min(followPause, left)):
+			case <-ctx.Done():
+				return nil, false
+			}
+			if come() {
+				return nil, true
+			}
+			completed(ctx)
+		}
+	}
+}
+
+// completed notes that whoever is waited for has done something.
+func completed(ctx context.Context) {
+	if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.GotFirstResponseByte != nil {
+		trace.GotFirstResponseByte()
+	}
+}
+
+// lease takes a lease, if the bucket answers in time.
+func (f *fleet) lease(ctx context.Context, name string) (*s3.Lease, error) {
+	type taken struct {
+		lease *s3.Lease
+		err   error
+	}
+	result := make(chan taken)
+	patience, cancel := context.WithTimeout(ctx, fleetTime)
+	defer cancel()
+	if !f.m.sharing.start(func(life context.Context) {
+		lease, err := f.bucket.Lease(life, name)
+		select {
+		case result <- taken{lease, err}:
+		case <-patience.Done():
+			if lease != nil {
+				f.release(lease)
+			}
+		}
+	}) {
+		return nil, errClosed
+	}
+	select {
+	case t := <-result:
+		return t.lease, t.err
+	case <-patience.Done():
+		return nil, context.Cause(patience)
+	}
+}
+
+// release gives a lease back, behind.
+func (f *fleet) release(lease *s3.Lease) {
+	if lease == nil {
+		return
+	}
+	f.m.sharing.start(func(ctx context.Context) {
+		ctx, cancel := context.WithTimeout(ctx, headerBudget)
+		defer cancel()
+		lease.Release(ctx)
+	})
+}
