@@ -2,10 +2,12 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 
 	"breakwater/pkg/config"
+	"breakwater/proxy"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -26,10 +28,17 @@ func configCommand() *cobra.Command {
 		Example: "  breakwater config check breakwater.yaml",
 		Args:    oneFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if _, err := config.Load(fileOf(args), os.Environ(), nil); err != nil {
+			cfg, err := config.Load(fileOf(args), os.Environ(), nil)
+			if err == nil {
+				_, err = openCertificate(cfg, slog.New(slog.DiscardHandler))
+			}
+			if err == nil {
+				err = proxy.CheckAccess(cfg)
+			}
+			if err != nil {
 				return err
 			}
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), "the configuration is good")
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the configuration is good")
 			return err
 		},
 	}, &cobra.Command{
@@ -63,7 +72,7 @@ func configurable(cmd *cobra.Command) (load func() (*config.Config, error)) {
 	return func() (*config.Config, error) {
 		flags := map[string]string{}
 		cmd.Flags().Visit(func(f *pflag.Flag) {
-			if !slices.Contains([]string{"config", "output", "offline"}, f.Name) {
+			if !slices.Contains([]string{"config", "output", "offline", "delete", "grace"}, f.Name) {
 				flags[f.Name] = f.Value.String()
 			}
 		})

@@ -48,7 +48,7 @@ nobody has ever pulled.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), rmCommand(), verifyCommand(), statusCommand(), configCommand(), versionCommand())
+	root.AddCommand(serveCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
 	return root
 }
 

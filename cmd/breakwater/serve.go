@@ -21,8 +21,10 @@ import (
 
 	"breakwater/pkg/config"
 	"breakwater/proxy"
+	"breakwater/proxy/access"
 	"breakwater/storage"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 )
 
@@ -47,9 +49,13 @@ func serveCommand() *cobra.Command {
 		Use:   "serve",
 		Short: "Run the mirror",
 		Long: `Run the mirror until SIGTERM or SIGINT, which let running downloads finish for 30 s. SIGHUP reads the
-configuration again; a mistake in it is logged and changes nothing.`,
+configuration and the certificate again; a mistake in them is logged and changes nothing.
+
+Started by systemd it takes the sockets that a socket unit has opened (FileDescriptorName=listen or admin),
+if they are where the configuration says, and tells when it is ready, reloads, stops, and that it still
+answers (Type=notify, WatchdogSec=).`,
 		Example: `  breakwater serve
-  breakwater serve --config /etc/breakwater/config.yaml
+  breakwater serve --config /etc/breakwater/breakwater.yaml
   breakwater serve --listen 127.0.0.1:6000 --data /var/cache/breakwater`,
 		Args: noArguments,
 	}
@@ -70,18 +76,18 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		return err
 	}
 	logger := newLogger(cfg.Log, out)
+	certificate, err := openCertificate(cfg, logger)
+	if err != nil {
+		return err
+	}
 	signals := make(chan os.Signal, 1) // before anybody can think that it runs
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	api, err := net.Listen("tcp", cfg.Listen) // first of all: clients may come while the rest opens
+	api, admin, err := listen(cfg) // first of all: clients may come while the rest opens
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return err
 	}
 	defer api.Close()
-	admin, err := net.Listen("tcp", cfg.Admin)
-	if err != nil {
-		return fmt.Errorf("listen for admin: %w", err)
-	}
 	defer admin.Close()
 	capacity, err := capacityOf(cfg)
 	if err != nil {
@@ -103,15 +109,25 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 			logger.Error("store not closed cleanly", "err", err)
 		}
 	}()
-	mirror, err := proxy.New(proxy.Config{Config: cfg, Store: store, Logger: logger})
+	shared, err := openShared(cfg, logger)
+	if err != nil {
+		return err
+	}
+	if shared != nil {
+		defer shared.Close()
+	}
+	mirror, err := proxy.New(proxy.Config{Config: cfg, Store: store, Shared: shared, Logger: logger})
 	if err != nil {
 		return err
 	}
 	servers := []*http.Server{newControlServer(mirror, logger), newServer(mirror, logger), newServer(mirror.Admin(), logger)}
+	if certificate != nil {
+		servers[1].TLSConfig = certificate.TLS(mirror.ClientCAs)
+	}
 	failed := make(chan error, len(servers))
 	go func() {
-		if cfg.TLS.CertFile != "" {
-			failed <- servers[1].ServeTLS(api, cfg.TLS.CertFile, cfg.TLS.KeyFile)
+		if certificate != nil {
+			failed <- servers[1].ServeTLS(api, "", "")
 			return
 		}
 		failed <- servers[1].Serve(api)
@@ -123,9 +139,30 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		go func() { failed <- servers[0].Serve(control) }()
 	}
 	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "control", cfg.Control, "data", cfg.Data, "capacity", capacity)
-	err = untilStopped(ctx, signals, failed, func() { reload(load, cfg, mirror, logger) })
+	running := &running{cfg, mirror, certificate, logger}
+	systemd := manager{logger}
+	systemd.tell(daemon.SdNotifyReady, "STATUS=serving at "+api.Addr().String())
+	watched, unwatch := context.WithCancel(ctx)
+	var watchdog sync.WaitGroup
+	watchdog.Go(func() {
+		systemd.watch(watched, map[string]string{api.Addr().String(): "/v2/", admin.Addr().String(): "/readyz"})
+	})
+	err = untilStopped(ctx, signals, failed, func() {
+		systemd.reload(func() string { return running.reload(load) })
+	})
+	systemd.tell(daemon.SdNotifyStopping, "STATUS=stopping, downloads may go on for "+stopTimeout.String())
+	unwatch()
+	watchdog.Wait()
 	stop(servers, mirror, logger)
 	return err
+}
+
+// openCertificate is the registry API's; nil if it speaks plain HTTP.
+func openCertificate(cfg *config.Config, logger *slog.Logger) (*access.Certificate, error) {
+	if cfg.TLS.CertFile == "" {
+		return nil, nil
+	}
+	return access.NewCertificate(cfg.TLS.CertFile, cfg.TLS.KeyFile, logger)
 }
 
 // capacityOf is the store's capacity in bytes. Automatic, it stays what it was at the first start: what
@@ -182,22 +219,46 @@ func stop(servers []*http.Server, mirror *proxy.Mirror, logger *slog.Logger) {
 	logger.Info("stopped")
 }
 
-// reload makes a changed configuration the one in force, as far as it can change while running.
-func reload(load func() (*config.Config, error), started *config.Config, mirror *proxy.Mirror, logger *slog.Logger) {
+// running is what a SIGHUP reaches.
+type running struct {
+	started     *config.Config
+	mirror      *proxy.Mirror
+	certificate *access.Certificate // nil if there is none
+	logger      *slog.Logger
+}
+
+// reload makes a changed configuration the one in force, as far as it can change while running, and
+// returns what it has logged of that.
+func (r *running) reload(load func() (*config.Config, error)) (status string) {
+	if r.certificate != nil {
+		if err := r.certificate.Reload(); err != nil {
+			r.logger.Error("certificate not reloaded; the old one stays in force", "err", err)
+		}
+	}
 	cfg, err := load()
+	if err == nil && r.started.BeyondLoopback() {
+		here := *cfg // the policy is for the listener that there is, not for the next start's
+		here.Listen, here.TLS = r.started.Listen, r.started.TLS
+		err = here.Validate()
+	}
 	if err == nil {
-		err = mirror.Use(cfg)
+		err = r.mirror.Use(cfg)
 	}
 	if err != nil {
-		logger.Error("configuration not reloaded; the old one stays in force", "err", err)
-		return
+		status = "configuration not reloaded; the old one stays in force"
+		r.logger.Error(status, "err", err)
+		return status
 	}
+	started := r.started
+	status = "configuration reloaded"
 	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Control != started.Control || cfg.Data != started.Data ||
-		cfg.Capacity != started.Capacity || cfg.MinFree != started.MinFree || cfg.Scrub != started.Scrub || cfg.TLS != started.TLS || cfg.Log != started.Log {
-		logger.Warn("configuration reloaded; listen, admin, control, data, capacity, min_free, scrub, tls and log change at the next start")
-		return
+		cfg.Capacity != started.Capacity || cfg.MinFree != started.MinFree || cfg.Scrub != started.Scrub || cfg.TLS != started.TLS || cfg.Log != started.Log || cfg.Shared != started.Shared {
+		status += "; listen, admin, control, data, capacity, min_free, scrub, tls, log and shared change at the next start"
+		r.logger.Warn(status)
+		return status
 	}
-	logger.Info("configuration reloaded")
+	r.logger.Info(status)
+	return status
 }
 
 // newControlServer serves the control socket. What runs there long ends at once when it stops.

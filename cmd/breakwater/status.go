@@ -63,6 +63,9 @@ func printStatus(out io.Writer, s proxy.Status) error {
 		capacity = size(s.Store.Capacity)
 	}
 	line("space", "%s of %s, %s reserved for downloads", size(s.Store.Bytes), capacity, size(s.Store.Reserved))
+	if s.Shared != nil {
+		line("shared store", "%s, %d tags and manifests to be published", gates(*s.Shared), s.Shared.Unpublished)
+	}
 	fmt.Fprintln(w)
 	if err := w.Flush(); err != nil {
 		return err
@@ -78,6 +81,20 @@ func printStatus(out io.Writer, s proxy.Status) error {
 		rest = rest[n:]
 	}
 	return w.Flush()
+}
+
+// gates is how the shared store does.
+func gates(s proxy.SharedStatus) string {
+	text := "up"
+	for access, gate := range map[string]proxy.GateStatus{"not written to": s.Writes, "out": s.Reads} {
+		if gate.State != "up" && (text == "up" || access == "out") {
+			text = access + " since " + gate.Since.UTC().Format(time.RFC3339) + ": " + plain(gate.Reason)
+		}
+	}
+	if s.Clock != "" {
+		text += ", nothing published since this host's clock is " + plain(s.Clock)
+	}
+	return text
 }
 
 // printUpstream writes one line for an upstream that is well, else one for each class of its requests.
