@@ -11,7 +11,7 @@ run: build
 
 test:
 	testdata/install.sh
-	CGO_ENABLED=1 go test -race ./...
+	CGO_ENABLED=1 go test -race -timeout 45m ./... # cmd/breakwater runs real clients, one after the other
 	go test -run TestBreakerModel ./proxy/upstream # all of it is too slow with -race
 
 lint:
@@ -25,6 +25,14 @@ faults-full:
 	testdata/install.sh
 	testdata/faults.sh
 
+# What is installed, into dist. vuln needs the database of vulnerabilities: from the network, or where
+# VULNDB=file:///FOLDER says.
+packages image licences:
+	go run ./cmd/pack $@
+
+vuln:
+	go tool -modfile=.ci/pack.mod govulncheck $(if $(VULNDB),-db $(VULNDB)) ./... || { [ $$? = 3 ] || echo 'vuln: not checked, for want of the database' >&2; exit 1; }
+
 bench:
 	go run ./cmd/bench
 
@@ -34,8 +42,11 @@ demo:
 soak:
 	go run ./cmd/soak
 
+fleet:
+	go run ./cmd/fleet
+
 # The long runs. powercut needs root: it mounts a file system of its own.
 powercut:
 	FAULTS=full go test -count=1 -timeout 60m -v -run TestF46PowerCut ./storage
 
-.PHONY: build run test lint fuzz faults-full bench demo soak powercut
+.PHONY: build run test lint fuzz faults-full packages image licences vuln bench demo soak fleet powercut

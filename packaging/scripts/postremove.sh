@@ -1,0 +1,16 @@
+#!/bin/sh
+# deb: remove, upgrade or purge, rpm: how many versions are left. Only a purge takes what was pulled, and
+# rpm knows none: rm -r /var/lib/breakwater.
+set -e
+
+case "$1" in
+purge)
+	rm -rf /var/lib/breakwater
+	# What else is there somebody has put there: keys and passwords.
+	rmdir --ignore-fail-on-non-empty /etc/breakwater 2>/dev/null || true
+	;;
+esac
+
+if [ -d /run/systemd/system ]; then
+	systemctl daemon-reload
+fi
