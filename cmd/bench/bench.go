@@ -41,6 +41,7 @@ func figures() []figure {
 		{"cold", (*bench).coldPull},
 		{"held", (*bench).heldPull},
 		{"distant", (*bench).distantPull},
+		{"shared", (*bench).sharedPull},
 		{"herd", (*bench).herd},
 		{"hangs", (*bench).hangs},
 		{"refuses", (*bench).refuses},

@@ -16,6 +16,9 @@ import (
 // same image to all programs.
 const repository = "bench/app"
 
+// registryName is breakwater's default registry, whose repository that is.
+const registryName = "registry.example"
+
 // patternSize is small enough for a processor's cache: making content must cost the upstream
 // nothing that the programs would have to share the machine with.
 const patternSize = 1 << 20

@@ -23,6 +23,8 @@ type place struct {
 	Admin    string // host:port, for the program that has one
 	Upstream string // host:port
 	Ahead    string // host:port of an upstream that is asked first; "" for none
+	Bucket   string // URL of the S3 server whose bucket it shares; "" for none
+	KeyFile  string // the fleet's
 	FreshFor time.Duration
 	Profile  string // the file for breakwater's profile, if one is wanted
 }

@@ -119,7 +119,7 @@ func grow(ctx context.Context, data string, from, to int) error {
 		}
 		raw = append(raw, "]}"...)
 		dgst := digest.FromBytes(raw)
-		repo := filepath.Join(data, "records", "registry.example", fmt.Sprintf("scale%d", n%scaleRepos))
+		repo := filepath.Join(data, "records", registryName, fmt.Sprintf("scale%d", n%scaleRepos))
 		record := fmt.Appendf(nil, `{"size":%d,"media_type":"application/vnd.oci.image.manifest.v1+json","confirmed_at":%q}`, len(raw), now)
 		tag := fmt.Appendf(nil, `{"current":{"digest":%q,"validated_at":%q}}`, dgst, now)
 		for _, folder := range []string{"_manifests", "_tags"} {
@@ -157,7 +157,7 @@ func (m *mirror) measureStore(ctx context.Context, s *samples, data string) erro
 	s.add("built", m, time.Since(start).Seconds())
 	s.add("memory", m, heap()-before)
 	// Steady pulls of tags that move: each names another image of its repository now and then.
-	repo := oci.Repository{Registry: "registry.example", Name: "scale0"}
+	repo := oci.Repository{Registry: registryName, Name: "scale0"}
 	first, err := d.Tag(repo, "v0")
 	if err != nil {
 		return errors.Join(err, d.Close())
