@@ -27,8 +27,13 @@ type docker struct {
 
 func startDocker(t *testing.T, h *host) client {
 	t.Helper()
+	return startDockerWith(t, h)
+}
+
+func startDockerWith(t *testing.T, h *host, variables ...string) *docker {
+	t.Helper()
 	d := &docker{h, filepath.Join(h.dir, "docker.sock")}
-	h.daemon(t, h.command(t.Context(), nil, "dockerd",
+	h.daemon(t, h.command(t.Context(), variables, "dockerd",
 		"--data-root", filepath.Join(h.dir, "docker"), "--exec-root", filepath.Join(h.dir, "docker-exec"),
 		"--host", "unix://"+d.socket, "--pidfile", filepath.Join(h.dir, "docker.pid"),
 		"--cgroup-parent", "/"+newCgroup(t),

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,8 +30,10 @@ import (
 // other and nobody else, so a client that gives up on the mirror cannot get its image elsewhere,
 // and hosts of parallel tests use the same ports. All that runs on it ends with the test.
 type host struct {
-	dir  string
-	work chan func() // carried out by the thread that lives in the namespace
+	dir       string
+	work      chan func() // carried out by the thread that lives in the namespace
+	program   string      // the mirror's binary, "" for the usual
+	variables []string    // "NAME=value", of all that runs on it
 }
 
 func newHost(t *testing.T, programs ...string) *host {
@@ -85,7 +88,7 @@ func (h *host) client() *http.Client {
 func (h *host) command(ctx context.Context, variables []string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir = h.dir
-	cmd.Env = append([]string{"HOME=" + h.dir, "PATH=" + os.Getenv("PATH")}, variables...)
+	cmd.Env = append([]string{"HOME=" + h.dir, "PATH=" + os.Getenv("PATH")}, slices.Concat(h.variables, variables)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 5 * time.Second
 	return cmd
@@ -188,7 +191,7 @@ const (
 func (h *host) serve(t *testing.T, config string) *mirror {
 	t.Helper()
 	m := &mirror{ended: make(chan struct{})}
-	args := []string{binary(t), "serve", "--data", filepath.Join(h.dir, "data")}
+	args := []string{h.breakwater(t), "serve", "--data", h.data()}
 	if config != "" {
 		args = append(args, "--config", h.write(t, "config.yaml", config))
 	}
@@ -209,8 +212,7 @@ func (h *host) serve(t *testing.T, config string) *mirror {
 	serving := make(chan struct{})
 	go h.follow(out, serving)
 	t.Cleanup(func() {
-		_ = m.cmd.Process.Kill()
-		<-m.ended
+		m.kill()
 		checkLog(t, filepath.Join(h.dir, "mirror.log"))
 		showLog(t, filepath.Join(h.dir, "mirror.log"))
 	})
@@ -239,6 +241,21 @@ func (h *host) follow(out io.ReadCloser, serving chan<- struct{}) {
 			serving = nil
 		}
 	}
+}
+
+// breakwater is the path of the host's program.
+func (h *host) breakwater(t *testing.T) string {
+	t.Helper()
+	if h.program != "" {
+		return h.program
+	}
+	return binary(t)
+}
+
+// kill ends the mirror as a power switch does.
+func (m *mirror) kill() {
+	_ = m.cmd.Process.Kill()
+	<-m.ended
 }
 
 // stop ends the mirror as a service manager does, and wants exit status 0.
@@ -283,13 +300,17 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-trimpath", "-o", path, ".")
+	return path, build("-o", path, ".")
+})
+
+func build(args ...string) error {
+	cmd := exec.Command("go", append([]string{"build", "-trimpath"}, args...)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build: %w\n%s", err, out)
+		return fmt.Errorf("build: %w\n%s", err, out)
 	}
-	return path, nil
-})
+	return nil
+}
 
 // cached returns the path of a program that testdata/install.sh builds.
 func cached(program string) string {

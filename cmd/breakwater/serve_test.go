@@ -125,6 +125,14 @@ func TestReloadByHangup(t *testing.T) {
 	if status, body := s.get(manifest); status != http.StatusOK {
 		t.Errorf("after: %d %s", status, body)
 	}
+	s.write(one + "}\nshared: {s3: {bucket: builds, region: us-east-1}, key_file: fleet.key}\n")
+	if err := os.WriteFile(filepath.Join(filepath.Dir(s.file), "fleet.key"), []byte(strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hangup(t)
+	if msg := s.await("configuration reloaded")["msg"].(string); !strings.Contains(msg, "shared change at the next start") {
+		t.Errorf("with a shared store: %s", msg)
+	}
 }
 
 func TestStopDoesNotWaitForUnusedConnections(t *testing.T) {
@@ -243,6 +251,9 @@ func TestCommands(t *testing.T) {
 	good := write("good.yaml", account("username: robot, password_file: "+write("password", registrytest.Canary)))
 	clear := write("clear.yaml", account("username: robot, password: "+registrytest.Canary))
 	inURL := write("url.yaml", "registries: {quay.io: {upstreams: [{url: https://robot:"+registrytest.Canary+"@quay.io}]}}\n")
+	guarded := write("guarded.yaml", "access: {htpasswd: "+write("htpasswd", "# names\nci:$apr1$r31.....$HqJZimcKQFAMYayBlzkrA/\n")+", loopback: asked}\n")
+	certified := write("certified.yaml", "tls: {cert_file: "+good+", key_file: "+good+"}\n")
+	open := write("open.yaml", "listen: ':5000'\naccess: {anonymous: true}\n"+account("username: robot, password_file: "+write("password", registrytest.Canary)))
 	tests := []struct {
 		args  []string
 		want  []string // of output or error
@@ -256,6 +267,11 @@ func TestCommands(t *testing.T) {
 		{args: []string{"config", "check", clear}, want: []string{"clear.yaml:2", "password"}, fails: true},
 		{args: []string{"config", "check", inURL}, want: []string{"url.yaml:1", "url"}, fails: true},
 		{args: []string{"serve", "--config", inURL}, want: []string{"url.yaml:1"}, fails: true},
+		{args: []string{"config", "check", guarded}, want: []string{"access.htpasswd: " + filepath.Join(dir, "htpasswd") + ":2: not a bcrypt hash", "`htpasswd -nB NAME`"}, fails: true},
+		{args: []string{"serve", "--config", guarded, "--data", filepath.Join(dir, "data"), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"}, want: []string{"htpasswd:2: not a bcrypt hash"}, fails: true},
+		{args: []string{"config", "check", certified}, want: []string{"tls: ", "good.yaml"}, fails: true},
+		{args: []string{"config", "check", open}, want: []string{"open.yaml:4", "registries.quay.io", "public", "htpasswd"}, fails: true},
+		{args: []string{"serve", "--config", open}, want: []string{"open.yaml:4"}, fails: true},
 		{args: []string{"config", "schema"}, want: []string{"json-schema.org"}},
 		{args: []string{"config", "example"}, want: []string{"registries:"}},
 		{args: []string{"serve", "--config", bad}, want: []string{bad + ":2"}, fails: true},
