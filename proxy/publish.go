@@ -80,7 +80,7 @@ func (p *publisher) tag(ref oci.Reference, lease *s3.Lease) {
 	tag, err := p.m.store.Tag(ref.Repository, ref.Tag)
 	unchanged := tag.Current.Digest == tag.Published.Digest
 	future := func(t time.Time) bool { return time.Until(t) > clockTolerance } // which says nothing
-	if err != nil || future(tag.Current.ValidatedAt) || unchanged && !future(tag.Published.At) && tag.Current.ValidatedAt.Sub(tag.Published.At) < republishEvery {
+	if err != nil || future(tag.Current.ValidatedAt) || unchanged && !future(tag.Published.At) && tag.Current.ValidatedAt.Sub(tag.Published.At) < republishEvery-clockTolerance {
 		p.release(lease)
 		return
 	}

@@ -16,8 +16,12 @@ const (
 	// tagMemorized is how long an answer of the bucket's is good, and so how far behind the fleet a
 	// host's answer may be (DESIGN.md, section 9).
 	tagMemorized = 5 * time.Second
-	// tagInterval is how often a tag is published that names what it has named before.
+	// tagInterval is how often a tag is published that names what it has named before, give or take clockSlip,
+	// by which what two hosts know of the bucket's clock may differ: it tells seconds. What counts is when it
+	// was validated: a record that was written later would otherwise be too old for hosts that take a minute
+	// for fresh, and too young to be renewed.
 	tagInterval = time.Minute
+	clockSlip   = 2 * time.Second
 	// tagEntries bounds the tags in memory, at about 500 bytes each. Of one that was thrown out, the
 	// highest generation is forgotten.
 	tagEntries = 8 << 10
@@ -94,8 +98,8 @@ func (b *Bucket) tagOf(p published) Tag {
 func (b *Bucket) Forget(ref oci.Reference) { b.tags.entry(tagName(ref)).forget() }
 
 // PutTag publishes what a tag names, and returns what is published then. t.Generation is the highest
-// that the caller has seen. Nothing is written if the same digest was published less than a minute
-// ago, or another was validated later.
+// that the caller has seen. Nothing is written if the same digest was validated less than a minute
+// before, or another later.
 func (b *Bucket) PutTag(ctx context.Context, ref oci.Reference, t Tag) (Tag, error) {
 	if err := b.writable(); err != nil {
 		return Tag{}, err
@@ -138,7 +142,7 @@ func (b *Bucket) stands(state tagState, next published) bool {
 	if b.clock.future(state.tag.ValidatedAt) {
 		return false
 	}
-	if state.tag.Digest == next.Digest && b.clock.now().Sub(state.modified) < tagInterval {
+	if state.tag.Digest == next.Digest && next.ValidatedAt.Sub(state.tag.ValidatedAt) < tagInterval-clockSlip {
 		return true
 	}
 	return state.tag.ValidatedAt.After(next.ValidatedAt)
