@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -188,8 +189,9 @@ type answer struct {
 
 // ask sends one request, and checks the refusal if there is one.
 func (h *host) ask(ctx context.Context, method string, repo oci.Reference, kind, name string) (got answer) {
-	r := httptest.NewRequestWithContext(ctx, method, fmt.Sprintf("/v2/%s/%s/%s/%s", repo.Registry, repo.Name, kind, name), nil)
-	r.Host = "localhost"
+	loopback := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 5000} // where a mirror serves everybody
+	r := httptest.NewRequestWithContext(context.WithValue(ctx, http.LocalAddrContextKey, loopback), method, fmt.Sprintf("/v2/%s/%s/%s/%s", repo.Registry, repo.Name, kind, name), nil)
+	r.Host, r.RemoteAddr = "localhost", "127.0.0.1:40000"
 	r.Header.Set("Accept", strings.Join(oci.ManifestTypes, ", "))
 	got.ResponseRecorder = httptest.NewRecorder()
 	begun := time.Now()
