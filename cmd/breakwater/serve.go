@@ -40,6 +40,9 @@ const (
 	// gcPercent lets garbage grow to three times what is live, which is some megabytes: a collection
 	// each hundred requests costs more than it frees.
 	gcPercent = 300
+	// unusedTimeout is how long a stop waits for the first request of a connection that was made just before
+	// it: its client is answered by nobody else.
+	unusedTimeout = 250 * time.Millisecond
 	// stopTimeout is how long downloads may go on after SIGTERM.
 	stopTimeout = 30 * time.Second
 )
@@ -298,9 +301,11 @@ func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
 		unused.Delete(conn)
 	}
 	server.RegisterOnShutdown(func() {
-		unused.Range(func(conn, _ any) bool {
-			_ = conn.(net.Conn).Close()
-			return true
+		time.AfterFunc(unusedTimeout, func() {
+			unused.Range(func(conn, _ any) bool {
+				_ = conn.(net.Conn).Close()
+				return true
+			})
 		})
 	})
 	return server
