@@ -128,18 +128,21 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		servers[1].TLSConfig = certificate.TLS(mirror.ClientCAs)
 	}
 	failed := make(chan error, len(servers))
-	go func() {
+	listeners := []net.Listener{api, admin}
+	var serving sync.WaitGroup
+	serving.Go(func() {
 		if certificate != nil {
 			failed <- servers[1].ServeTLS(api, "", "")
 			return
 		}
 		failed <- servers[1].Serve(api)
-	}()
-	go func() { failed <- servers[2].Serve(admin) }()
+	})
+	serving.Go(func() { failed <- servers[2].Serve(admin) })
 	if control, err := listenControl(cfg.Control, logger); err != nil { // such as a full disk: pulls go on
 		logger.Error("no control socket: commands cannot reach this mirror", "err", err)
 	} else {
-		go func() { failed <- servers[0].Serve(control) }()
+		listeners = append(listeners, control)
+		serving.Go(func() { failed <- servers[0].Serve(control) })
 	}
 	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "control", cfg.Control, "data", cfg.Data, "capacity", capacity)
 	running := &running{cfg, mirror, certificate, logger}
@@ -156,6 +159,10 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	systemd.tell(daemon.SdNotifyStopping, "STATUS=stopping, downloads may go on for "+stopTimeout.String())
 	unwatch()
 	watchdog.Wait()
+	for _, l := range listeners {
+		_ = l.Close()
+	}
+	serving.Wait() // now each connection that was accepted is known to its server, which waits for it
 	stop(servers, mirror, logger)
 	return err
 }
