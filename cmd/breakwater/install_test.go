@@ -152,9 +152,14 @@ func (m *machine) whileAsking(t *testing.T, do func()) {
 	t.Helper()
 	ended := make(chan struct{})
 	go func() { defer close(ended); do() }()
+	unanswered := 0
 	for asked := 1; ; asked++ {
 		if got, err := m.ask(http.MethodGet, "http://"+mirrorAddr+"/v2/"); err != nil || got.status != http.StatusOK {
-			t.Errorf("request %d: %d %v", asked, got.status, err)
+			// A server that is being shut down reads the request of a connection that it has just accepted, and
+			// says nothing (net/http): that may happen to one of them, whose client asks again.
+			if unanswered++; unanswered > 1 || got.status != 0 {
+				t.Errorf("request %d: %d %v", asked, got.status, err)
+			}
 		}
 		select {
 		case <-ended:
@@ -171,9 +176,10 @@ func (m *machine) testWithDocker(t *testing.T) {
 Type=oneshot
 ExecStart=/bin/bash -c 'exec 3<>/dev/tcp/127.0.0.1/5000 && printf "GET /v2/ HTTP/1.1\r\nHost: localhost\r\n\r\n" >&3 && read -r answer <&3 && [[ $answer == *200* ]]'
 `)
-	m.run(t, "systemctl", "stop", "breakwater.socket", "breakwater.service")
+	m.put(t, "/etc/systemd/system/again.target", "[Unit]\nRequires=docker.service\nWants=breakwater.socket breakwater.service\n")
 	m.run(t, "systemctl", "daemon-reload")
-	m.run(t, "systemctl", "start", "docker.service", "breakwater.service", "breakwater.socket")
+	m.run(t, "systemctl", "stop", "breakwater.socket", "breakwater.service")
+	m.run(t, "systemctl", "start", "again.target") // at once, as at boot: start A B is one after the other
 }
 
 // testHung stops the process, as what hangs cannot be told from: systemd ends it and starts another one.
