@@ -105,13 +105,15 @@ func (i *Ingest) takeUp() bool {
 	}
 	d := i.disk
 	parked, name := i.parkedName(), d.temporaryName()
-	d.parking.Lock()
-	state := d.parked[parked]
-	delete(d.parked, parked)
-	i.counted = d.space[parked]
-	delete(d.space, parked)
-	err := d.tmp.rename(parked, name)
-	d.parking.Unlock()
+	state, err := func() (*parkedHash, error) {
+		d.parking.Lock()
+		defer d.parking.Unlock() // also if the disk panics: nobody could park any more
+		state := d.parked[parked]
+		delete(d.parked, parked)
+		i.counted = d.space[parked]
+		delete(d.space, parked)
+		return state, d.tmp.rename(parked, name)
+	}()
 	if errors.Is(err, fs.ErrNotExist) {
 		i.release()
 		return false
