@@ -10,12 +10,10 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/big"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -141,48 +139,10 @@ func (r *rig) file(name string) string {
 	return string(raw)
 }
 
-// whom is somebody who calls, from somewhere.
-type whom struct {
-	name   string
-	host   string   // and port that they connect to
-	header []string // that they send
-}
-
 func basic(name, password string) string {
 	req := &http.Request{Header: http.Header{}}
 	req.SetBasicAuth(name, password)
 	return "Authorization: " + req.Header.Get("Authorization")
-}
-
-const (
-	near = "localhost:5000"
-	far  = "mirror.test:5000"
-)
-
-// by sends a request of somebody's.
-func (r *rig) by(who whom, method, path string, header ...string) answer {
-	r.Helper()
-	req, err := http.NewRequest(method, "http://"+who.host+path, nil)
-	if err != nil {
-		r.Fatal(err)
-	}
-	for _, line := range slices.Concat(who.header, header) {
-		name, value, _ := strings.Cut(line, ": ")
-		if name == "Host" {
-			req.Host = value
-		}
-		req.Header.Add(name, value)
-	}
-	started := time.Now()
-	resp, err := r.client.Do(req)
-	if err != nil {
-		r.Fatalf("%s %s: %v", method, path, err)
-	}
-	took := time.Since(started)
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	r.tells(path, resp.Header, body)
-	return answer{resp, body, err, took}
 }
 
 // TestAccessChallenges holds the words by which callers are asked, which clients depend on.

@@ -187,14 +187,33 @@ type answer struct {
 	took time.Duration
 }
 
+// whom is somebody who calls, from somewhere.
+type whom struct {
+	name   string
+	host   string   // and port that they connect to
+	header []string // that they send
+}
+
+// Where a mirror is: by loopback, or beyond it.
+const (
+	near = "localhost:5000"
+	far  = "mirror.test:5000"
+)
+
 // do sends a request to the mirror; header is "Name: value" lines.
 func (r *rig) do(method, path string, header ...string) answer {
 	r.Helper()
-	req, err := http.NewRequest(method, "http://localhost:5000"+path, nil)
+	return r.by(whom{host: near}, method, path, header...)
+}
+
+// by sends a request of somebody's.
+func (r *rig) by(who whom, method, path string, header ...string) answer {
+	r.Helper()
+	req, err := http.NewRequest(method, "http://"+who.host+path, nil)
 	if err != nil {
 		r.Fatal(err)
 	}
-	for _, line := range header {
+	for _, line := range slices.Concat(who.header, header) {
 		name, value, _ := strings.Cut(line, ": ")
 		if name == "Host" {
 			req.Host = value

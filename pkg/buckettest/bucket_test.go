@@ -153,7 +153,7 @@ func TestFaults(t *testing.T) {
 		t.Errorf("%q, %v old, %v", body, age, err)
 	}
 	for want, fault := range map[string]registrytest.Fault{
-		"SlowDown": SlowDown(), "AccessDenied": Forbidden(), "XMinioStorageFull": Full(), "NotImplemented": NotImplemented(),
+		"SlowDown": SlowDown(), "AccessDenied": Forbidden(), "XMinioStorageFull": Full(),
 	} {
 		b.Fault(Blobs, fault)
 		if _, _, err := get("a/blobs/1"); code(err) != want {

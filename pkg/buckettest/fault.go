@@ -41,11 +41,6 @@ func Full() registrytest.Fault {
 	return failure(http.StatusInsufficientStorage, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold.")
 }
 
-// NotImplemented answers as a store does that lacks a feature.
-func NotImplemented() registrytest.Fault {
-	return failure(http.StatusNotImplemented, "NotImplemented", "A header you provided implies functionality that is not implemented")
-}
-
 func failure(status int, code, message string) registrytest.Fault {
 	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 		w.Header().Set("Content-Type", "application/xml")
