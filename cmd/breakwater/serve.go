@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -15,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,21 +25,10 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Bounds of a connection. A body's own deadline moves with its progress (proxy).
 const (
-	readHeaderTimeout = 5 * time.Second
-	writeTimeout      = 60 * time.Second
-	idleTimeout       = 120 * time.Second
-	maxHeaderBytes    = 64 << 10
-	// maxConnections is how many there are at a time. Those over it are closed at once: clients go on to
-	// their next registry, and who holds connections for nothing loses them within seconds.
-	maxConnections = 8192
 	// gcPercent lets garbage grow to three times what is live, which is some megabytes: a collection
 	// each hundred requests costs more than it frees.
 	gcPercent = 300
-	// unusedTimeout is how long a stop waits for the first request of a connection that was made just before
-	// it: its client is answered by nobody else.
-	unusedTimeout = 250 * time.Millisecond
 	// stopTimeout is how long downloads may go on after SIGTERM.
 	stopTimeout = 30 * time.Second
 )
@@ -123,26 +109,17 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	if err != nil {
 		return err
 	}
-	servers := []*http.Server{newControlServer(mirror, logger), newServer(mirror, logger), newServer(mirror.Admin(), logger)}
+	servers := []*server{newControlServer(mirror, logger), newServer(mirror, logger), newServer(mirror.Admin(), logger)}
 	if certificate != nil {
 		servers[1].TLSConfig = certificate.TLS(mirror.ClientCAs)
 	}
 	failed := make(chan error, len(servers))
-	listeners := []net.Listener{api, admin}
-	var serving sync.WaitGroup
-	serving.Go(func() {
-		if certificate != nil {
-			failed <- servers[1].ServeTLS(api, "", "")
-			return
-		}
-		failed <- servers[1].Serve(api)
-	})
-	serving.Go(func() { failed <- servers[2].Serve(admin) })
+	servers[1].start(api, failed)
+	servers[2].start(admin, failed)
 	if control, err := listenControl(cfg.Control, logger); err != nil { // such as a full disk: pulls go on
 		logger.Error("no control socket: commands cannot reach this mirror", "err", err)
 	} else {
-		listeners = append(listeners, control)
-		serving.Go(func() { failed <- servers[0].Serve(control) })
+		servers[0].start(control, failed)
 	}
 	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "control", cfg.Control, "data", cfg.Data, "capacity", capacity)
 	running := &running{cfg, mirror, certificate, logger}
@@ -159,10 +136,6 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 	systemd.tell(daemon.SdNotifyStopping, "STATUS=stopping, downloads may go on for "+stopTimeout.String())
 	unwatch()
 	watchdog.Wait()
-	for _, l := range listeners {
-		_ = l.Close()
-	}
-	serving.Wait() // now each connection that was accepted is known to its server, which waits for it
 	stop(servers, mirror, logger)
 	return err
 }
@@ -215,10 +188,13 @@ func untilStopped(ctx context.Context, signals <-chan os.Signal, failed <-chan e
 }
 
 // stop stops accepting, and lets responses and the downloads behind them go on for stopTimeout.
-func stop(servers []*http.Server, mirror *proxy.Mirror, logger *slog.Logger) {
+func stop(servers []*server, mirror *proxy.Mirror, logger *slog.Logger) {
 	logger.Info("stopping", "within", stopTimeout)
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
+	for until, i := time.Now().Add(unusedTimeout), 0; i < len(servers); i++ {
+		servers[i].settle(until)
+	}
 	for _, server := range servers {
 		if err := server.Shutdown(ctx); errors.Is(err, context.DeadlineExceeded) {
 			logger.Warn("downloads cut by the stop")
@@ -269,53 +245,6 @@ func (r *running) reload(load func() (*config.Config, error)) (status string) {
 	}
 	r.logger.Info(status)
 	return status
-}
-
-// newControlServer serves the control socket. What runs there long ends at once when it stops.
-func newControlServer(mirror *proxy.Mirror, logger *slog.Logger) *http.Server {
-	server := newServer(mirror.Control(buildVersion()), logger)
-	ctx, cancel := context.WithCancel(context.Background())
-	server.BaseContext = func(net.Listener) context.Context { return ctx }
-	server.RegisterOnShutdown(cancel)
-	return server
-}
-
-func newServer(handler http.Handler, logger *slog.Logger) *http.Server {
-	server := &http.Server{
-		Handler:           handler,
-		ReadHeaderTimeout: readHeaderTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ConnContext:       proxy.ConnContext,
-		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
-	}
-	// Clients open connections that they may never use. Shutdown would wait five seconds for their
-	// first request, while nobody can connect.
-	var unused sync.Map
-	var connections atomic.Int64
-	server.ConnState = func(conn net.Conn, state http.ConnState) {
-		switch state {
-		case http.StateNew:
-			unused.Store(conn, nil)
-			if connections.Add(1) > maxConnections {
-				_ = conn.Close()
-			}
-			return
-		case http.StateClosed, http.StateHijacked:
-			connections.Add(-1)
-		}
-		unused.Delete(conn)
-	}
-	server.RegisterOnShutdown(func() {
-		time.AfterFunc(unusedTimeout, func() {
-			unused.Range(func(conn, _ any) bool {
-				_ = conn.(net.Conn).Close()
-				return true
-			})
-		})
-	})
-	return server
 }
 
 // newLogger writes text for people and JSON for machines.
