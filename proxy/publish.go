@@ -226,12 +226,8 @@ func (p *publisher) writeRecord(ctx context.Context, ref oci.Reference, mediaTyp
 		return err
 	}
 	defer blob.Close()
-	parts, err := s3.Parts(blob, size)
-	if err != nil {
-		return err
-	}
 	err = p.bucket.PutContent(ctx, ref.Repository, ref.Digest, s3.Content{Size: size, MediaType: mediaType, ConfirmedAt: c.At,
-		Upstream: c.Upstream, Credential: c.Credential, Public: c.Public, Parts: parts})
+		Upstream: c.Upstream, Credential: c.Credential, Public: c.Public}, blob)
 	if err != nil {
 		return err
 	}

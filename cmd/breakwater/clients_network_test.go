@@ -278,7 +278,7 @@ func TestF31SlowLink(t *testing.T) {
 		t.Errorf("nothing came for %v, after %d bytes", seen.longest, seen.at)
 	}
 	slices.Sort(hits)
-	if hits[len(hits)/2] > time.Second || hits[len(hits)*95/100] > 5*time.Second { // the link needs 8 s for it
+	if hits[len(hits)/2] > time.Second || hits[len(hits)-1] > 5*time.Second { // the link needs 8 s for it
 		t.Errorf("what is stored took %v, want much less than by the link", hits)
 	}
 	if first, second := up.gets(upstreamAddr, missing), up.gets(secondAddr, missing); len(first) != 1 || len(second) != 0 {

@@ -27,7 +27,7 @@ func publish(ctx context.Context, b *Bucket, ref oci.Reference, image registryte
 		if err := b.PutBlob(ctx, dgst, int64(len(raw)), bytes.NewReader(raw)); err != nil {
 			return err
 		}
-		return b.PutContent(ctx, ref.Repository, dgst, Content{Size: int64(len(raw)), MediaType: mediaType, Public: true})
+		return b.PutContent(ctx, ref.Repository, dgst, Content{Size: int64(len(raw)), MediaType: mediaType, Public: true}, nil)
 	}
 	var all func(registrytest.Image) error
 	all = func(image registrytest.Image) error {
@@ -95,7 +95,7 @@ func TestCollect(t *testing.T) {
 		t.Fatal(err)
 	}
 	private := prefix + privateName(app, untagged.Digest())
-	if err := b.PutContent(t.Context(), app, untagged.Digest(), Content{Size: 1, MediaType: untagged.MediaType, Credential: "u"}); err != nil {
+	if err := b.PutContent(t.Context(), app, untagged.Digest(), Content{Size: 1, MediaType: untagged.MediaType, Credential: "u"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	server.Put(prefix+tagName(tagged("v3")), bytes.Replace(server.Get(prefix+tagName(tagged("v3"))), []byte("breakwater-record 1 "), []byte("breakwater-record 1 f"), 1))

@@ -3,6 +3,7 @@ package s3
 import (
 	"context"
 	"fmt"
+	"io"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -27,9 +28,9 @@ type Content struct {
 	MediaType   string    // of manifests
 	ConfirmedAt time.Time // by this host's clock
 	Upstream    string
-	Credential  string   // as in storage.Confirmation
-	Public      bool     // may be read through every repository
-	Parts       [][]byte // as Parts makes them
+	Credential  string // as in storage.Confirmation
+	Public      bool   // may be read through every repository
+	parts       [][]byte
 }
 
 // content is Content as it is published: its time is the bucket's, and whether it is public is in the
@@ -94,8 +95,9 @@ func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.D
 
 // PutContent publishes how a blob or a manifest is reached: by everybody if c is public, else by this
 // repository. A record that says the same already is left as it is, but renewed if Collect might
-// take it soon, or if it was signed with a key that is on its way out.
-func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst digest.Digest, c Content) error {
+// take it soon, or if it was signed with a key that is on its way out. From is the content, which is only read for
+// what no record tells yet: by what it is verified in parts (see PartSize).
+func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst digest.Digest, c Content, from io.Reader) error {
 	if err := b.writable(); err != nil {
 		return err
 	}
@@ -104,7 +106,7 @@ func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst diges
 		name = publicName(dgst)
 	}
 	for range writeRaces {
-		done, err := b.putContent(ctx, name, c)
+		done, err := b.putContent(ctx, name, &c, from)
 		if done || err != nil && !lost(err) {
 			return err
 		}
@@ -116,18 +118,26 @@ func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst diges
 }
 
 // putContent reports whether the record is there to stay.
-func (b *Bucket) putContent(ctx context.Context, name string, c Content) (bool, error) {
+func (b *Bucket) putContent(ctx context.Context, name string, c *Content, from io.Reader) (bool, error) {
 	var old content
 	rec, err := b.read(ctx, name, "", &old)
 	if err != nil {
 		return false, err
 	}
-	same := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size && old.MediaType == c.MediaType && len(old.Parts) >= len(c.Parts)
+	same := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size && old.MediaType == c.MediaType && (old.Parts != nil || !hasParts(c.Size))
 	aging := rec.found && b.old(rec.modified)
 	if same && !aging {
 		return true, nil
 	}
-	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, c.Parts}
+	if c.parts == nil && old.Size == c.Size {
+		c.parts = old.Parts
+	}
+	if c.parts == nil && hasParts(c.Size) {
+		if c.parts, err = partsOf(from, c.Size); err != nil {
+			return false, err
+		}
+	}
+	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, c.parts}
 	if next.ConfirmedAt.IsZero() {
 		next.ConfirmedAt = b.clock.now()
 	}

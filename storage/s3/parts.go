@@ -20,12 +20,12 @@ const maxRecordParts = 2048
 // ErrWrong is the error of bytes that are not what the record of their blob says.
 var ErrWrong = errors.New("wrong bytes")
 
-// Parts are the SHA-256 of each PartSize bytes of content, and of what is left at its end. Content that is no
-// larger than that has none, since its digest is enough, nor has what is over 16 GiB.
-func Parts(r io.Reader, size int64) ([][]byte, error) {
-	if size <= PartSize || size > maxRecordParts*PartSize {
-		return nil, nil
-	}
+// hasParts reports whether content of that size is verified in parts. What is no larger than one is verified by
+// its digest; what is over 16 GiB, when it is whole.
+func hasParts(size int64) bool { return size > PartSize && size <= maxRecordParts*PartSize }
+
+// partsOf are the SHA-256 of each PartSize bytes, and of what is left at the end.
+func partsOf(r io.Reader, size int64) ([][]byte, error) {
 	var parts [][]byte
 	for left := size; left > 0; left -= PartSize {
 		hash := sha256.New()
@@ -56,7 +56,7 @@ func Aligned(offset int64) int64 { return offset - offset%PartSize }
 // record that is older than its parts vouches for none: then it is given out as it comes.
 func (c Content) Verified(dgst digest.Digest, blob io.ReadCloser, offset int64) io.ReadCloser {
 	at := Aligned(offset)
-	if c.Size > PartSize && c.Parts == nil {
+	if c.Size > PartSize && c.parts == nil {
 		return &rest{ReadCloser: blob, skip: offset - at}
 	}
 	return &vouched{ReadCloser: blob, content: c, dgst: dgst, at: at, skip: offset - at}
@@ -103,7 +103,7 @@ func (v *vouched) isRight(part []byte) bool {
 		return v.dgst.Algorithm().FromBytes(part) == v.dgst
 	}
 	sum := sha256.Sum256(part)
-	return bytes.Equal(sum[:], v.content.Parts[v.at/PartSize])
+	return bytes.Equal(sum[:], v.content.parts[v.at/PartSize])
 }
 
 // rest leaves out what was not asked for.

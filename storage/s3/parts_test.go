@@ -23,11 +23,13 @@ func TestVerified(t *testing.T) {
 			raw[i] = byte(rand.Uint32())
 		}
 		dgst := digest.FromBytes(raw)
-		parts, err := Parts(bytes.NewReader(raw), int64(size))
-		if err != nil {
-			t.Fatal(err)
+		c := Content{Size: int64(size)}
+		if hasParts(c.Size) {
+			var err error
+			if c.parts, err = partsOf(bytes.NewReader(raw), c.Size); err != nil {
+				t.Fatal(err)
+			}
 		}
-		c := Content{Size: int64(size), Parts: parts}
 		read := func(stored []byte, offset int) ([]byte, error) {
 			at := Aligned(int64(offset))
 			return io.ReadAll(c.Verified(dgst, io.NopCloser(bytes.NewReader(stored[at:])), int64(offset)))
@@ -59,13 +61,13 @@ func TestVerified(t *testing.T) {
 			}
 		}
 		if size > PartSize { // a record of before there were parts
-			c.Parts = nil
+			c.parts = nil
 			if got, err := read(raw, PartSize+1); err != nil || !bytes.Equal(got, raw[PartSize+1:]) {
 				t.Errorf("%d bytes without parts: %d, %v", size, len(got), err)
 			}
 		}
 	}
-	if _, err := Parts(bytes.NewReader(nil), PartSize+1); err == nil {
+	if _, err := partsOf(bytes.NewReader(nil), PartSize+1); err == nil {
 		t.Error("parts of what is not there")
 	}
 }
@@ -79,12 +81,34 @@ func TestRotatedKey(t *testing.T) {
 	c := Content{Size: 7, ConfirmedAt: time.Now(), Public: true}
 	for _, keys := range [][][]byte{{old}, {old, current}, {current, old}} {
 		b := open(t, bucket, func(c *Config) { c.Keys = keys })
-		if err := b.PutContent(t.Context(), app, dgst, c); err != nil {
+		if err := b.PutContent(t.Context(), app, dgst, c, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	b := open(t, bucket, func(c *Config) { c.Keys = [][]byte{current} })
 	if got, err := b.Content(t.Context(), app, dgst, PublicFirst); err != nil || got.Size != c.Size {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// TestPartsAreToldOnce: a blob is read for its parts by the first who publishes it, and by nobody after that.
+func TestPartsAreToldOnce(t *testing.T) {
+	bucket := buckettest.Start(t)
+	raw := bytes.Repeat([]byte("0123456789abcdef"), (PartSize+1<<10)/16)
+	dgst := digest.FromBytes(raw)
+	c := Content{Size: int64(len(raw)), ConfirmedAt: time.Now(), Public: true}
+	for i := range 2 {
+		b := open(t, bucket)
+		from := bytes.NewReader(raw)
+		if err := b.PutContent(t.Context(), app, dgst, c, from); err != nil {
+			t.Fatal(err)
+		}
+		if read := len(raw) - from.Len(); read != []int{len(raw), 0}[i] {
+			t.Errorf("host %d has read %d bytes", i, read)
+		}
+		if got, err := b.Content(t.Context(), app, dgst, PublicFirst); err != nil || len(got.parts) != 2 {
+			t.Errorf("%d parts, %v", len(got.parts), err)
+		}
+		bucket.Age(prefix+publicName(dgst), renewAfter+time.Minute) // the next one renews it
 	}
 }

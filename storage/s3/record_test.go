@@ -98,7 +98,7 @@ func TestH41RecordsOfOtherNames(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	private := Content{Size: 3, ConfirmedAt: time.Now(), Credential: "u"}
-	if err := b.PutContent(t.Context(), app, someDigest, private); err != nil {
+	if err := b.PutContent(t.Context(), app, someDigest, private, nil); err != nil {
 		t.Fatal(err)
 	}
 	server.Put(prefix+publicName(someDigest), server.Get(prefix+privateName(app, someDigest)))
@@ -241,12 +241,12 @@ func TestContent(t *testing.T) {
 		dgst digest.Digest
 		c    Content
 	}{{someDigest, public}, {otherDigest, private}, {long, public}} {
-		if err := b.PutContent(t.Context(), app, row.dgst, row.c); err != nil {
+		if err := b.PutContent(t.Context(), app, row.dgst, row.c, nil); err != nil {
 			t.Fatal(err)
 		}
 		for _, first := range []Reach{PublicFirst, PrivateFirst} {
 			got, err := b.Content(t.Context(), app, row.dgst, first)
-			if diff := cmp.Diff(row.c, got, about); diff != "" || err != nil {
+			if diff := cmp.Diff(row.c, got, about, cmp.AllowUnexported(Content{})); diff != "" || err != nil {
 				t.Errorf("%s %v", diff, err)
 			}
 			if _, err := b.Content(t.Context(), other, row.dgst, first); (err == nil) != row.c.Public || err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -260,15 +260,15 @@ func TestContent(t *testing.T) {
 	server.Forget()
 	again := public
 	again.ConfirmedAt, again.Upstream = time.Now(), "https://elsewhere"
-	if err := b.PutContent(t.Context(), app, someDigest, again); err != nil || server.Count(buckettest.Writes) != 0 {
+	if err := b.PutContent(t.Context(), app, someDigest, again, nil); err != nil || server.Count(buckettest.Writes) != 0 {
 		t.Errorf("%v after %d writes", err, server.Count(buckettest.Writes))
 	}
 	server.Age(prefix+publicName(someDigest), renewAfter+time.Minute)
-	if err := b.PutContent(t.Context(), app, someDigest, again); err != nil || server.Count(buckettest.Writes) != 1 {
+	if err := b.PutContent(t.Context(), app, someDigest, again, nil); err != nil || server.Count(buckettest.Writes) != 1 {
 		t.Errorf("%v after %d writes", err, server.Count(buckettest.Writes))
 	}
 	reader := open(t, server, func(c *Config) { c.ReadOnly = true })
-	if err := reader.PutContent(t.Context(), app, someDigest, public); !errors.Is(err, ErrReadOnly) {
+	if err := reader.PutContent(t.Context(), app, someDigest, public, nil); !errors.Is(err, ErrReadOnly) {
 		t.Error(err)
 	}
 	if err := reader.PutBlob(t.Context(), someDigest, 4, strings.NewReader("some")); !errors.Is(err, ErrReadOnly) {
@@ -307,7 +307,7 @@ func TestHostsClockIsOff(t *testing.T) {
 				if errors.Is(err, ErrClock) != tooFar || err != nil && !tooFar || b.Health().ClockWrong != tooFar {
 					t.Errorf("%v, %+v", err, b.Health())
 				}
-				if err := b.PutContent(t.Context(), app, someDigest, Content{ConfirmedAt: time.Now()}); errors.Is(err, ErrClock) != tooFar {
+				if err := b.PutContent(t.Context(), app, someDigest, Content{ConfirmedAt: time.Now()}, nil); errors.Is(err, ErrClock) != tooFar {
 					t.Error(err)
 				}
 			})
