@@ -166,12 +166,9 @@ func (f *fleet) adopt(ctx context.Context, ref oci.Reference) error {
 		return err
 	}
 	tag, err := f.m.store.Tag(ref.Repository, ref.Tag)
-	known := storage.Published{Digest: published.Digest, At: published.ValidatedAt, Generation: published.Generation}
-	if err == nil && tag.Published.Generation > published.Generation {
-		return nil // an older one, played again
-	}
-	if err == nil && tag.Published.Generation == published.Generation && tag.Published.Digest == published.Digest && !published.ValidatedAt.After(tag.Current.ValidatedAt) {
-		return nil // nothing new
+	if seen := tag.Published; err == nil && (published.Generation < seen.Generation ||
+		published.Generation == seen.Generation && !published.ValidatedAt.After(tag.Current.ValidatedAt)) {
+		return nil // played again, or nothing new
 	}
 	named := oci.Reference{Repository: ref.Repository, Digest: published.Digest}
 	manifest, err := f.m.store.Peek(named.Repository, named.Digest)
@@ -180,7 +177,7 @@ func (f *fleet) adopt(ctx context.Context, ref oci.Reference) error {
 			return err
 		}
 	}
-	if err := f.m.store.AdoptTag(ref.Repository, ref.Tag, known, published.Upstream); err != nil {
+	if err := f.m.store.AdoptTag(ref.Repository, ref.Tag, recordOf(published), published.Upstream); err != nil {
 		return err
 	}
 	if tag.Published.Digest != published.Digest {
@@ -189,12 +186,14 @@ func (f *fleet) adopt(ctx context.Context, ref oci.Reference) error {
 	return nil
 }
 
-// hear waits for the fleet's word on a tag, for at most fleetTime, or until the upstreams have given theirs:
-// done is closed then. A nil fleet has none.
+// recordOf is what the store notes of a record of the fleet's.
+func recordOf(published s3.Tag) storage.Published {
+	return storage.Published{Digest: published.Digest, At: published.ValidatedAt, Generation: published.Generation}
+}
+
+// hear waits for the fleet's word on a tag, for at most fleetTime, or until the upstreams have given theirs, if
+// they are asked.
 func (f *fleet) hear(ctx context.Context, ref oci.Reference, upstreams *question[resolution]) {
-	if f == nil {
-		return
-	}
 	word := f.ask(ref)
 	late := time.NewTimer(fleetTime)
 	defer late.Stop()
@@ -285,7 +284,7 @@ func (f *fleet) fetch(ctx context.Context, fill *fill, sources []*source) (*body
 func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come func() bool) (lease *s3.Lease, came bool) {
 	wait := f.m.cfg.Load().Shared.Wait.Duration
 	for begun := time.Now(); ; {
-		lease, err := f.lease(ctx, name)
+		lease, err := f.bucket.Lease(f.m.sharing.ctx, name) // which is answered in time, and held longer than ctx lasts
 		if lease != nil && time.Since(looked) > followPause && come() {
 			f.release(lease)
 			return nil, true
@@ -315,35 +314,6 @@ func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come fu
 func completed(ctx context.Context) {
 	if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.GotFirstResponseByte != nil {
 		trace.GotFirstResponseByte()
-	}
-}
-
-// lease takes a lease, if the bucket answers in time.
-func (f *fleet) lease(ctx context.Context, name string) (*s3.Lease, error) {
-	type taken struct {
-		lease *s3.Lease
-		err   error
-	}
-	result := make(chan taken)
-	patience, cancel := context.WithTimeout(ctx, fleetTime)
-	defer cancel()
-	if !f.m.sharing.start(func(life context.Context) {
-		lease, err := f.bucket.Lease(life, name)
-		select {
-		case result <- taken{lease, err}:
-		case <-patience.Done():
-			if lease != nil {
-				f.release(lease)
-			}
-		}
-	}) {
-		return nil, errClosed
-	}
-	select {
-	case t := <-result:
-		return t.lease, t.err
-	case <-patience.Done():
-		return nil, context.Cause(patience)
 	}
 }
 

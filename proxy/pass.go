@@ -336,7 +336,7 @@ func (p *passed) verify() error {
 	if got == p.dgst && (p.size < 0 || p.at == p.size) {
 		return io.EOF
 	}
-	err := p.judge(fmt.Errorf("%d bytes are %s: %w", p.at, got, storage.ErrMismatch))
+	err := p.judge(p.mirror, fmt.Errorf("%d bytes are %s: %w", p.at, got, storage.ErrMismatch))
 	p.mirror.logSource(p.ctx, p.src, err)
 	return err
 }

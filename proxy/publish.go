@@ -78,13 +78,14 @@ func (p *publisher) tag(ref oci.Reference, lease *s3.Lease) {
 		return
 	}
 	tag, err := p.m.store.Tag(ref.Repository, ref.Tag)
-	unchanged := tag.Current.Digest == tag.Published.Digest
-	future := func(t time.Time) bool { return time.Until(t) > clockTolerance } // which says nothing
-	if err != nil || future(tag.Current.ValidatedAt) || unchanged && !future(tag.Published.At) && tag.Current.ValidatedAt.Sub(tag.Published.At) < republishEvery-clockTolerance {
+	known := tag.Current.Digest == tag.Published.Digest
+	future := func(t time.Time) bool { return time.Until(t) > storage.ClockTolerance } // which says nothing
+	lately := !future(tag.Published.At) && tag.Current.ValidatedAt.Sub(tag.Published.At) < republishEvery-storage.ClockTolerance
+	if err != nil || future(tag.Current.ValidatedAt) || known && lately {
 		p.release(lease)
 		return
 	}
-	if !unchanged {
+	if !known {
 		p.note(ref)
 	}
 	p.add(ref, lease)
@@ -128,8 +129,11 @@ func (p *publisher) write(ctx context.Context, ref oci.Reference) error {
 		return p.writeImage(ctx, ref)
 	}
 	tag, err := p.m.store.Tag(ref.Repository, ref.Tag)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // evicted since
+	}
 	if err != nil {
-		return ignoreAbsent(err)
+		return err
 	}
 	if err := p.writeImage(ctx, oci.Reference{Repository: ref.Repository, Digest: tag.Current.Digest}); err != nil {
 		return err
@@ -139,7 +143,6 @@ func (p *publisher) write(ctx context.Context, ref oci.Reference) error {
 	if err != nil {
 		return err
 	}
-	p.bucket.Forget(ref)
 	if published.Digest != tag.Current.Digest {
 		if err := p.adopt(ctx, ref); err != nil {
 			return err
@@ -149,15 +152,7 @@ func (p *publisher) write(ctx context.Context, ref oci.Reference) error {
 		}
 		return nil
 	}
-	return p.m.store.AdoptTag(ref.Repository, ref.Tag, storage.Published{Digest: published.Digest, At: published.ValidatedAt,
-		Generation: published.Generation}, published.Upstream)
-}
-
-func ignoreAbsent(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return p.m.store.AdoptTag(ref.Repository, ref.Tag, recordOf(published), published.Upstream)
 }
 
 // writeImage publishes a manifest, and what it needs before it.

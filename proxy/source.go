@@ -15,8 +15,7 @@ import (
 // source is who may have a blob: an upstream, in the name of a repository, or the fleet's shared store.
 type source struct {
 	ref    oci.Reference
-	client *upstream.Client // nil: the shared store
-	fleet  *fleet           // the shared store; nil: an upstream
+	client *upstream.Client // nil for the shared store
 	err    error            // why it is of no use; guarded by the fill's mu
 }
 
@@ -28,7 +27,7 @@ func (m *Mirror) sources(ref oci.Reference) ([]*source, error) {
 	}
 	var sources []*source
 	if m.fleet != nil {
-		sources = append(sources, &source{ref: ref, fleet: m.fleet})
+		sources = append(sources, &source{ref: ref})
 	}
 	for _, client := range clients {
 		sources = append(sources, &source{ref: ref, client: client})
@@ -62,7 +61,7 @@ func (s *source) open(ctx context.Context, m *Mirror, offset int64) (*body, erro
 	var b *body
 	if s.client == nil {
 		var err error
-		if b, err = s.fleet.open(ctx, s.ref, offset); err != nil {
+		if b, err = m.fleet.open(ctx, s.ref, offset); err != nil {
 			return nil, err
 		}
 	} else {
@@ -87,18 +86,18 @@ func (s *source) open(ctx context.Context, m *Mirror, offset int64) (*body, erro
 }
 
 // stat asks for the blob's size, -1 if it is not told.
-func (s *source) stat(ctx context.Context) (int64, error) {
+func (s *source) stat(ctx context.Context, m *Mirror) (int64, error) {
 	if s.client == nil {
-		content, err := s.fleet.content(ctx, s.ref)
+		content, err := m.fleet.content(ctx, s.ref)
 		return content.Size, err
 	}
 	return s.client.StatBlob(ctx, s.ref)
 }
 
 // mismatch holds wrong content against it.
-func (s *source) mismatch() {
+func (s *source) mismatch(m *Mirror) {
 	if s.client == nil {
-		s.fleet.distrust(s.ref)
+		m.fleet.distrust(s.ref)
 		return
 	}
 	s.client.Mismatch(s.ref)
@@ -183,7 +182,7 @@ func (m *Mirror) openBody(ctx context.Context, sources []*source, open func(cont
 func (m *Mirror) sizeOf(ctx context.Context, src *source, body *body) (int64, error) {
 	size := body.size
 	if size < 0 {
-		stat, err := src.stat(ctx)
+		stat, err := src.stat(ctx, m)
 		if err == nil {
 			size = stat
 		}
@@ -193,7 +192,7 @@ func (m *Mirror) sizeOf(ctx context.Context, src *source, body *body) (int64, er
 	case size < 0 && known:
 		return expected, nil
 	case known && size != expected:
-		src.mismatch()
+		src.mismatch(m)
 		return 0, src.lied(fmt.Errorf("%d bytes announced where the manifest says %d", size, expected))
 	}
 	return size, nil

@@ -98,15 +98,11 @@ func (m *Mirror) pullable(t target, tag storage.Tag, named oci.Manifest, how pro
 // errUseStored says that the stored answer is to be given, marked stale.
 var errUseStored = errors.New("use what is stored")
 
-// clockTolerance is how far a time may be ahead of the clock and be taken for now: another host told it to
-// the second.
-const clockTolerance = 2 * time.Second
-
 // fresh reports whether an answer that upstream gave then needs no question now. One from the future, by a clock since set back,
 // always does.
 func (m *Mirror) fresh(ref oci.Reference, validatedAt time.Time) bool {
 	age := time.Since(validatedAt)
-	return age >= -clockTolerance && age < m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration
+	return age >= -storage.ClockTolerance && age < m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration
 }
 
 // standby is a stored answer that can be given if upstream does not give its own.
@@ -126,7 +122,7 @@ func (m *Mirror) standby(t target, validatedAt time.Time) standby {
 // age is how long ago it was confirmed; ageUnknown if that was in the future.
 func (s standby) age() time.Duration {
 	age := time.Since(s.validatedAt)
-	if age < -clockTolerance {
+	if age < -storage.ClockTolerance {
 		return ageUnknown
 	}
 	return max(0, age)

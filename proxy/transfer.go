@@ -80,7 +80,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *body)
 	}
 	if err != nil {
 		t.ingest.Park(err) // the next request goes on from there, unless what came is wrong
-		return t.judge(err)
+		return t.judge(m, err)
 	}
 	f.publish(t.ingest)
 	if err := t.ingest.Commit(t.body.confirmation); err != nil {
@@ -91,12 +91,12 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *body)
 
 // judge holds wrong content against its source, unless several have a part in it: nobody knows then who
 // lied.
-func (t *transfer) judge(err error) error {
+func (t *transfer) judge(m *Mirror, err error) error {
 	if !errors.Is(err, storage.ErrMismatch) {
 		return err
 	}
 	if !t.mixed {
-		t.src.mismatch()
+		t.src.mismatch(m)
 	}
 	return t.src.lied(err)
 }

@@ -60,7 +60,7 @@ func (d *Disk) openBlob(repo oci.Repository, dgst digest.Digest) (*Blob, error) 
 		}
 		return nil, err
 	}
-	r, err := d.reach(repo, dgst)
+	r, _, err := d.reach(repo, dgst)
 	if err == nil && r.Size != info.Size() {
 		err = fmt.Errorf("is %d bytes long, stored with %d", info.Size(), r.Size)
 		d.Quarantine(dgst, err)

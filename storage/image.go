@@ -70,7 +70,7 @@ func (d *Disk) hasBlob(repo oci.Repository, desc ispec.Descriptor) bool {
 	if err != nil || !info.Mode().IsRegular() || info.Size() != desc.Size {
 		return false
 	}
-	r, err := d.reach(repo, desc.Digest)
+	r, _, err := d.reach(repo, desc.Digest)
 	return err == nil && r.Size == desc.Size
 }
 
@@ -96,8 +96,9 @@ func (d *Disk) RenewTag(repo oci.Repository, tag string, current Validated) erro
 	return d.renewTag(repo, tag, current, func(*Tag) bool { return true })
 }
 
-// clockTolerance is how far a time may be ahead of the clock: another host's was told to the second.
-const clockTolerance = 2 * time.Second
+// ClockTolerance is how far a time may be ahead of the clock and be taken for now: another host's was told to
+// the second.
+const ClockTolerance = 2 * time.Second
 
 // AdoptTag notes what the fleet has published of a tag, and has it renewed by that if it was confirmed later
 // than what is known here. Where the clocks cannot tell, a record goes before an older one, and what an
@@ -106,7 +107,7 @@ const clockTolerance = 2 * time.Second
 func (d *Disk) AdoptTag(repo oci.Repository, tag string, p Published, upstream string) error {
 	p.At = p.At.UTC().Round(0)
 	return d.renewTag(repo, tag, Validated{Digest: p.Digest, ValidatedAt: p.At, Upstream: upstream}, func(t *Tag) bool {
-		latest := time.Now().Add(clockTolerance)
+		latest := time.Now().Add(ClockTolerance)
 		known, before := t.Current, t.Published
 		if p.Generation >= before.Generation {
 			t.Published = p
@@ -121,9 +122,9 @@ func (d *Disk) AdoptTag(repo oci.Repository, tag string, p Published, upstream s
 		case known.Digest == p.Digest:
 			return p.At.After(known.ValidatedAt)
 		case known.Digest == before.Digest && p.Generation > before.Generation:
-			return p.At.After(known.ValidatedAt.Add(-clockTolerance))
+			return p.At.After(known.ValidatedAt.Add(-ClockTolerance))
 		}
-		return p.At.After(known.ValidatedAt.Add(clockTolerance))
+		return p.At.After(known.ValidatedAt.Add(ClockTolerance))
 	})
 }
 

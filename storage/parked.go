@@ -274,28 +274,11 @@ func (d *Disk) rehash(ctx context.Context) {
 }
 
 func (d *Disk) rehashParked(ctx context.Context, name string) error {
-	dgst, _, err := parseParked(name)
-	if err != nil {
-		return err
-	}
-	d.parking.Lock()
-	if d.parked[name] != nil { // by this process
-		d.parking.Unlock()
-		return nil
-	}
-	file, info, err := d.openFile(d.tmp, name)
-	if err != nil {
-		d.parking.Unlock()
+	file, state, err := d.openToRehash(name)
+	if file == nil {
 		return err
 	}
 	defer file.Close()
-	state := &parkedHash{hash: dgst.Algorithm().Hash(), info: info}
-	d.parked[name] = state
-	if _, known := d.space[name]; !known {
-		d.space[name] = allocated(info)
-		d.index.Reserve(allocated(info), math.MaxInt64)
-	}
-	d.parking.Unlock()
 	buf := make([]byte, 256<<10)
 	for {
 		n, err := d.read(file, buf)
@@ -313,6 +296,31 @@ func (d *Disk) rehashParked(ctx context.Context, name string) error {
 			return errors.Join(err, ctx.Err())
 		}
 	}
+}
+
+// openToRehash opens what an earlier process has parked, and notes that it is being hashed. The file is nil if
+// this process has parked it.
+func (d *Disk) openToRehash(name string) (*os.File, *parkedHash, error) {
+	dgst, _, err := parseParked(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	d.parking.Lock()
+	defer d.parking.Unlock()
+	if d.parked[name] != nil {
+		return nil, nil, nil
+	}
+	file, info, err := d.openFile(d.tmp, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	state := &parkedHash{hash: dgst.Algorithm().Hash(), info: info}
+	d.parked[name] = state
+	if _, known := d.space[name]; !known {
+		d.space[name] = allocated(info)
+		d.index.Reserve(allocated(info), math.MaxInt64)
+	}
+	return file, state, nil
 }
 
 // catchUp hashes up to limit of what has been written and is not hashed yet. There is something only

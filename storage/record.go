@@ -64,31 +64,25 @@ func manifestRecord(repo oci.Repository, dgst digest.Digest) string {
 	return path.Join(repo.Registry, repo.Name, "_manifests", dgst.Encoded())
 }
 
-// reach returns the record by which a repository reaches stored content, or fs.ErrNotExist.
-func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (record, error) {
-	for _, name := range [...]string{publicRecord(dgst), blobRecord(repo, dgst), manifestRecord(repo, dgst)} {
+// reach returns the record by which a repository reaches stored content, and whether all do, or fs.ErrNotExist.
+func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (r record, public bool, err error) {
+	for i, name := range [...]string{publicRecord(dgst), blobRecord(repo, dgst), manifestRecord(repo, dgst)} {
 		var r record
 		err := d.readRecord(name, &r)
 		if err == nil && r.confirms() {
-			return r, nil
+			return r, i == 0, nil
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return record{}, err
+			return record{}, false, err
 		}
 	}
-	return record{}, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
+	return record{}, false, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
 }
 
 // Confirmed tells how a repository reaches stored content, and its size. It is fs.ErrNotExist if it does not,
 // or if the content is not stored.
 func (d *Disk) Confirmed(repo oci.Repository, dgst digest.Digest) (Confirmation, int64, error) {
-	var r record
-	public := true
-	err := d.readRecord(publicRecord(dgst), &r)
-	if err != nil || !r.confirms() {
-		public = false
-		r, err = d.reach(repo, dgst)
-	}
+	r, public, err := d.reach(repo, dgst)
 	if err == nil {
 		_, err = d.blobs[dgst.Algorithm()].lstat(dgst.Encoded())
 	}
