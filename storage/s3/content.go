@@ -30,7 +30,7 @@ type Content struct {
 	Upstream    string
 	Credential  string // as in storage.Confirmation
 	Public      bool   // may be read through every repository
-	parts       [][]byte
+	parts       *parts // nil if its record tells none
 }
 
 // content is Content as it is published: its time is the bucket's, and whether it is public is in the
@@ -42,7 +42,7 @@ type content struct {
 	Upstream    string    `json:"upstream,omitempty"`
 	Credential  string    `json:"credential,omitempty"`
 	PartSize    int64     `json:"part_size,omitempty"` // of Parts; another one than ours is no use
-	Parts       [][]byte  `json:"parts,omitempty"`
+	Parts       [][]byte  `json:"parts,omitempty"`     // their tags
 }
 
 func (c *content) check() error {
@@ -87,7 +87,15 @@ func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.D
 			return Content{}, err
 		}
 		if rec.found && rec.wrong == nil {
-			return Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential, name == publicName(dgst), c.Parts}, nil
+			found := Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential, name == publicName(dgst), nil}
+			if c.Parts != nil {
+				mac, err := rec.key.partsKey(dgst)
+				if err != nil {
+					return Content{}, err
+				}
+				found.parts = &parts{mac, c.Parts}
+			}
+			return found, nil
 		}
 	}
 	return Content{}, errNone(names[len(names)-1])
@@ -106,7 +114,7 @@ func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst diges
 		name = publicName(dgst)
 	}
 	for range writeRaces {
-		done, err := b.putContent(ctx, name, &c, from)
+		done, err := b.putContent(ctx, name, dgst, &c, from)
 		if done || err != nil && !lost(err) {
 			return err
 		}
@@ -118,26 +126,30 @@ func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst diges
 }
 
 // putContent reports whether the record is there to stay.
-func (b *Bucket) putContent(ctx context.Context, name string, c *Content, from io.Reader) (bool, error) {
+func (b *Bucket) putContent(ctx context.Context, name string, dgst digest.Digest, c *Content, from io.Reader) (bool, error) {
 	var old content
 	rec, err := b.read(ctx, name, "", &old)
 	if err != nil {
 		return false, err
 	}
-	same := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size && old.MediaType == c.MediaType && (old.Parts != nil || !hasParts(c.Size))
+	current := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size
+	told := current && (old.Parts != nil || !hasParts(c.Size))
 	aging := rec.found && b.old(rec.modified)
-	if same && !aging {
+	if told && old.MediaType == c.MediaType && !aging {
 		return true, nil
 	}
-	if c.parts == nil && old.Size == c.Size {
-		c.parts = old.Parts
-	}
-	if c.parts == nil && hasParts(c.Size) {
-		if c.parts, err = partsOf(from, c.Size); err != nil {
-			return false, err
+	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, nil}
+	switch {
+	case told:
+		next.Parts = old.Parts
+	case hasParts(c.Size):
+		if c.parts == nil { // not read by the try before
+			if c.parts, err = b.keys.keys[0].partsOf(dgst, from, c.Size); err != nil {
+				return false, err
+			}
 		}
+		next.Parts = c.parts.tags
 	}
-	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, c.parts}
 	if next.ConfirmedAt.IsZero() {
 		next.ConfirmedAt = b.clock.now()
 	}

@@ -1,8 +1,12 @@
 package s3
 
 import (
-	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,27 +18,63 @@ import (
 // known to be right, so that a bucket that lies costs no client its download.
 const PartSize = 8 << 20
 
-// maxRecordParts bounds those of a record: of larger blobs nothing is verified before the whole is.
-const maxRecordParts = 2048
+const (
+	// wholeSize is up to where content is verified by its digest, as one part: who publishes it need not read it.
+	wholeSize = 256 << 10
+	// maxRecordParts bounds the parts of a record: of larger blobs nothing is verified before the whole is.
+	maxRecordParts = 2048
+)
 
 // ErrWrong is the error of bytes that are not what the record of their blob says.
 var ErrWrong = errors.New("wrong bytes")
 
-// hasParts reports whether content of that size is verified in parts. What is no larger than one is verified by
-// its digest; what is over 16 GiB, when it is whole.
-func hasParts(size int64) bool { return size > PartSize && size <= maxRecordParts*PartSize }
+// hasParts reports whether content of that size is verified in parts.
+func hasParts(size int64) bool { return size > wholeSize && size <= maxRecordParts*PartSize }
 
-// partsOf are the SHA-256 of each PartSize bytes, and of what is left at the end.
-func partsOf(r io.Reader, size int64) ([][]byte, error) {
-	var parts [][]byte
-	for left := size; left > 0; left -= PartSize {
-		hash := sha256.New()
-		if _, err := io.CopyN(hash, r, min(left, PartSize)); err != nil {
-			return nil, fmt.Errorf("hash a part: %w", err)
-		}
-		parts = append(parts, hash.Sum(nil))
+// parts tell the bytes of a blob right from wrong, piece by piece, by a GMAC of each (NIST SP 800-38D). Its digest
+// vouches for the whole, as always, so that this need not be the second hash of every byte: it takes an eighth of the
+// time.
+type parts struct {
+	mac  cipher.AEAD
+	tags [][]byte
+}
+
+// partsKey is for one blob, which has one content: so no nonce, the number of a part, is ever used for two.
+func (k signingKey) partsKey(dgst digest.Digest) (cipher.AEAD, error) {
+	key, err := hkdf.Key(sha256.New, k.secret, nil, "breakwater-parts 1\n"+string(dgst), 32)
+	if err != nil {
+		return nil, err
 	}
-	return parts, nil
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(block)
+}
+
+// tag is what a part has to have.
+func (p *parts) tag(number int64, raw []byte) []byte {
+	nonce := make([]byte, p.mac.NonceSize())
+	binary.BigEndian.PutUint64(nonce, uint64(number))
+	return p.mac.Seal(nil, nonce, nil, raw)
+}
+
+// partsOf are those of a blob that can be read.
+func (k signingKey) partsOf(dgst digest.Digest, blob io.Reader, size int64) (*parts, error) {
+	mac, err := k.partsKey(dgst)
+	if err != nil {
+		return nil, err
+	}
+	p := &parts{mac: mac}
+	buf := make([]byte, min(size, PartSize))
+	for at := int64(0); at < size; at += PartSize {
+		part := buf[:min(size-at, PartSize)]
+		if _, err := io.ReadFull(blob, part); err != nil {
+			return nil, fmt.Errorf("read a part: %w", err)
+		}
+		p.tags = append(p.tags, p.tag(at/PartSize, part))
+	}
+	return p, nil
 }
 
 // vouched gives out what a record vouches for, and ends with ErrWrong where the bytes are others.
@@ -56,7 +96,7 @@ func Aligned(offset int64) int64 { return offset - offset%PartSize }
 // record that is older than its parts vouches for none: then it is given out as it comes.
 func (c Content) Verified(dgst digest.Digest, blob io.ReadCloser, offset int64) io.ReadCloser {
 	at := Aligned(offset)
-	if c.Size > PartSize && c.parts == nil {
+	if c.Size > wholeSize && c.parts == nil {
 		return &rest{ReadCloser: blob, skip: offset - at}
 	}
 	return &vouched{ReadCloser: blob, content: c, dgst: dgst, at: at, skip: offset - at}
@@ -99,11 +139,11 @@ func (v *vouched) next() error {
 }
 
 func (v *vouched) isRight(part []byte) bool {
-	if v.content.Size <= PartSize {
+	if v.content.parts == nil {
 		return v.dgst.Algorithm().FromBytes(part) == v.dgst
 	}
-	sum := sha256.Sum256(part)
-	return bytes.Equal(sum[:], v.content.parts[v.at/PartSize])
+	number := v.at / PartSize
+	return hmac.Equal(v.content.parts.tags[number], v.content.parts.tag(number, part))
 }
 
 // rest leaves out what was not asked for.

@@ -17,7 +17,8 @@ import (
 // TestVerified: from whatever offset, what is given out is right, and nothing of a part is that has a wrong
 // byte anywhere.
 func TestVerified(t *testing.T) {
-	for _, size := range []int{0, 1, 1000, PartSize, PartSize + 1, 2*PartSize + 17} {
+	key := newKeyring([][]byte{bytes.Repeat([]byte("k"), 32)}).keys[0]
+	for _, size := range []int{0, 1, wholeSize, wholeSize + 1, PartSize, PartSize + 1, 2*PartSize + 17} {
 		raw := make([]byte, size)
 		for i := 0; i < len(raw); i += 97 {
 			raw[i] = byte(rand.Uint32())
@@ -26,7 +27,7 @@ func TestVerified(t *testing.T) {
 		c := Content{Size: int64(size)}
 		if hasParts(c.Size) {
 			var err error
-			if c.parts, err = partsOf(bytes.NewReader(raw), c.Size); err != nil {
+			if c.parts, err = key.partsOf(dgst, bytes.NewReader(raw), c.Size); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -60,35 +61,47 @@ func TestVerified(t *testing.T) {
 				}
 			}
 		}
-		if size > PartSize { // a record of before there were parts
+		if hasParts(c.Size) { // a record without them
 			c.parts = nil
-			if got, err := read(raw, PartSize+1); err != nil || !bytes.Equal(got, raw[PartSize+1:]) {
+			if got, err := read(raw, size-1); err != nil || !bytes.Equal(got, raw[size-1:]) {
 				t.Errorf("%d bytes without parts: %d, %v", size, len(got), err)
 			}
 		}
 	}
-	if _, err := partsOf(bytes.NewReader(nil), PartSize+1); err == nil {
+	if _, err := key.partsOf("sha256:", bytes.NewReader(nil), PartSize+1); err == nil {
 		t.Error("parts of what is not there")
 	}
 }
 
 // TestRotatedKey: content whose record was signed with the old key is signed anew when it is next published, so
-// that the old key can go.
+// that the old key can go. Its parts are told by whichever key the record was signed with.
 func TestRotatedKey(t *testing.T) {
 	bucket := buckettest.Start(t)
 	old, current := bytes.Repeat([]byte("o"), 32), bytes.Repeat([]byte("n"), 32)
-	dgst := digest.FromString("content")
-	c := Content{Size: 7, ConfirmedAt: time.Now(), Public: true}
-	for _, keys := range [][][]byte{{old}, {old, current}, {current, old}} {
-		b := open(t, bucket, func(c *Config) { c.Keys = keys })
-		if err := b.PutContent(t.Context(), app, dgst, c, nil); err != nil {
-			t.Fatal(err)
+	raw := bytes.Repeat([]byte("a"), wholeSize+1)
+	dgst := digest.FromBytes(raw)
+	verify := func(b *Bucket) {
+		t.Helper()
+		got, err := b.Content(t.Context(), app, dgst, PublicFirst)
+		if err != nil || got.Size != int64(len(raw)) || got.parts == nil {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		if _, err := io.Copy(io.Discard, got.Verified(dgst, io.NopCloser(bytes.NewReader(raw)), 0)); err != nil {
+			t.Error(err)
 		}
 	}
-	b := open(t, bucket, func(c *Config) { c.Keys = [][]byte{current} })
-	if got, err := b.Content(t.Context(), app, dgst, PublicFirst); err != nil || got.Size != c.Size {
-		t.Errorf("%+v, %v", got, err)
+	c := Content{Size: int64(len(raw)), ConfirmedAt: time.Now(), Public: true}
+	for _, keys := range [][][]byte{{old}, {old, current}, {current, old}} {
+		b := open(t, bucket, func(c *Config) { c.Keys = keys })
+		if len(keys) > 1 {
+			verify(b)
+		}
+		if err := b.PutContent(t.Context(), app, dgst, c, bytes.NewReader(raw)); err != nil {
+			t.Fatal(err)
+		}
+		verify(b)
 	}
+	verify(open(t, bucket, func(c *Config) { c.Keys = [][]byte{current} }))
 }
 
 // TestPartsAreToldOnce: a blob is read for its parts by the first who publishes it, and by nobody after that.
@@ -106,8 +119,8 @@ func TestPartsAreToldOnce(t *testing.T) {
 		if read := len(raw) - from.Len(); read != []int{len(raw), 0}[i] {
 			t.Errorf("host %d has read %d bytes", i, read)
 		}
-		if got, err := b.Content(t.Context(), app, dgst, PublicFirst); err != nil || len(got.parts) != 2 {
-			t.Errorf("%d parts, %v", len(got.parts), err)
+		if got, err := b.Content(t.Context(), app, dgst, PublicFirst); err != nil || got.parts == nil || len(got.parts.tags) != 2 {
+			t.Errorf("%+v, %v", got, err)
 		}
 		bucket.Age(prefix+publicName(dgst), renewAfter+time.Minute) // the next one renews it
 	}

@@ -68,42 +68,44 @@ func (k keyring) seal(name string, v storable) ([]byte, error) {
 	return fmt.Appendf(nil, "%s %s %x\n%s\n", recordMark, key.id, key.sign(name, append(body, '\n')), body), nil
 }
 
-// open decodes a record that one of the keys has signed for this name.
-func (k keyring) open(name string, raw []byte, v storable) error {
+// open decodes a record, and returns which of the keys has signed it for this name.
+func (k keyring) open(name string, raw []byte, v storable) (signingKey, error) {
+	none := signingKey{}
 	line, body, found := bytes.Cut(raw, []byte("\n"))
 	rest, marked := strings.CutPrefix(string(line), recordMark+" ")
 	id, signature, both := strings.Cut(rest, " ")
 	if !found || !marked || !both {
-		return errors.New("is not a record")
+		return none, errors.New("is not a record")
 	}
 	signed, err := hex.DecodeString(signature)
 	if err != nil {
-		return errors.New("is not a record")
+		return none, errors.New("is not a record")
 	}
 	for _, key := range k.keys {
 		if key.id != id {
 			continue
 		}
 		if !hmac.Equal(signed, key.sign(name, body)) {
-			return errors.New("has a wrong signature")
+			return none, errors.New("has a wrong signature")
 		}
 		if err := json.Unmarshal(body, v); err != nil {
-			return fmt.Errorf("is not a record: %w", err)
+			return none, fmt.Errorf("is not a record: %w", err)
 		}
-		return v.check()
+		return key, v.check()
 	}
-	return fmt.Errorf("is signed with a key %.20q that is not the fleet's", id)
+	return none, fmt.Errorf("is signed with a key %.20q that is not the fleet's", id)
 }
 
 // signed is a record as it was found.
 type signed struct {
-	found     bool      // there is an object of that name, good or bad
-	etag      string    // of the object
-	modified  time.Time // by the bucket's clock
-	unchanged bool      // it is the one whose etag was given; nothing was decoded
-	oldKey    bool      // it was signed with another key than records are signed with now
-	wrong     error     // why the record is ignored
-	raw       []byte    // of one that is
+	found     bool       // there is an object of that name, good or bad
+	etag      string     // of the object
+	modified  time.Time  // by the bucket's clock
+	unchanged bool       // it is the one whose etag was given; nothing was decoded
+	key       signingKey // that it was signed with
+	oldKey    bool       // it was signed with another key than records are signed with now
+	wrong     error      // why the record is ignored
+	raw       []byte     // of one that is
 }
 
 // read gets a record; v is set unless it is not found, unchanged or wrong. It is no error that a
@@ -126,7 +128,7 @@ func (b *Bucket) read(ctx context.Context, name, etag string, v storable) (signe
 		rec := signed{found: true, etag: aws.ToString(out.ETag), modified: aws.ToTime(out.LastModified)}
 		if len(raw) > maxRecord {
 			rec.wrong = fmt.Errorf("is over %d bytes", maxRecord)
-		} else if rec.wrong = b.keys.open(name, raw, v); rec.wrong != nil {
+		} else if rec.key, rec.wrong = b.keys.open(name, raw, v); rec.wrong != nil {
 			rec.raw = raw
 		}
 		rec.oldKey = !bytes.HasPrefix(raw, fmt.Appendf(nil, "%s %s ", recordMark, b.keys.keys[0].id))
