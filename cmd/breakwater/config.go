@@ -66,13 +66,25 @@ func configCommand() *cobra.Command {
 // configurable adds the flags that every command needs which deals with a mirror or its store. load is to
 // be called when the command runs.
 func configurable(cmd *cobra.Command) (load func() (*config.Config, error)) {
-	file := cmd.Flags().String("config", "", "configuration `FILE` (default: none, which is a good configuration)")
-	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
+	dataFlag(cmd)
 	cmd.Flags().String("control", "", "`PATH` of the control socket (default control.sock in the data folder)")
+	return configFlag(cmd)
+}
+
+func dataFlag(cmd *cobra.Command) {
+	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
+}
+
+// overrides are the flags that override the configuration.
+var overrides = []string{"listen", "admin", "control", "data", "capacity", "log-format", "log-level"}
+
+// configFlag adds the flag that names a configuration, which the command's other flags may override.
+func configFlag(cmd *cobra.Command) (load func() (*config.Config, error)) {
+	file := cmd.Flags().String("config", "", "configuration `FILE` (default: none, which is a good configuration)")
 	return func() (*config.Config, error) {
 		flags := map[string]string{}
 		cmd.Flags().Visit(func(f *pflag.Flag) {
-			if !slices.Contains([]string{"config", "output", "offline", "delete", "grace"}, f.Name) {
+			if slices.Contains(overrides, f.Name) {
 				flags[f.Name] = f.Value.String()
 			}
 		})

@@ -13,12 +13,13 @@ func TestImportsPointDown(t *testing.T) {
 	allowed := map[string][]string{
 		"breakwater/pkg/oci":        {},
 		"breakwater/pkg/config":     {"breakwater/pkg/oci"},
+		"breakwater/pkg/clients":    {},
 		"breakwater/storage":        {"breakwater/pkg/oci"},
 		"breakwater/storage/s3":     {"breakwater/pkg/oci"},
 		"breakwater/proxy/upstream": {"breakwater/pkg/oci"},
 		"breakwater/proxy/access":   {},
 		"breakwater/proxy":          {"breakwater/pkg/oci", "breakwater/pkg/config", "breakwater/proxy/upstream", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
-		"breakwater/cmd/breakwater": {"breakwater/pkg/config", "breakwater/proxy", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
+		"breakwater/cmd/breakwater": {"breakwater/pkg/config", "breakwater/pkg/clients", "breakwater/proxy", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
 		// For tests, the demo, the bench and the long runs only.
 		"breakwater/pkg/registrytest": {"breakwater/pkg/oci"},
 		"breakwater/pkg/buckettest":   {"breakwater/pkg/registrytest"},
@@ -39,6 +40,7 @@ func TestImportsPointDown(t *testing.T) {
 		"github.com/hashicorp/golang-lru/":        "breakwater/storage",
 		"github.com/aws/aws-sdk-go-v2/service/s3": "breakwater/storage/s3",
 		"go.yaml.in/":                             "breakwater/pkg/config",
+		"github.com/pelletier/go-toml/":           "breakwater/pkg/clients",
 		"github.com/dustin/go-humanize":           "breakwater/pkg/config",
 		"github.com/spf13/":                       "breakwater/cmd/breakwater",
 		"github.com/coreos/go-systemd/":           "breakwater/cmd/breakwater",

@@ -40,6 +40,7 @@ nobody has ever pulled.`,
 		Example: `  breakwater serve                                  # Docker Hub, quay.io, ghcr.io and more on 127.0.0.1:5000
   breakwater serve --config breakwater.yaml
   breakwater status                                 # what it holds, and which upstreams are out
+  breakwater setup containerd --write               # points containerd at it; --undo restores what was there
   breakwater config example > breakwater.yaml       # a commented configuration to begin with`,
 		Version:       version,
 		Args:          noArguments,
@@ -48,7 +49,7 @@ nobody has ever pulled.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
+	root.AddCommand(serveCommand(), setupCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
 	return root
 }
 

@@ -1,0 +1,246 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"breakwater/pkg/clients"
+	"breakwater/pkg/config"
+
+	"github.com/spf13/cobra"
+)
+
+func setupCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "setup",
+		Short: "Point clients at the mirror, and prepare its data folder",
+		Args:  noArguments,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(setupContainerdCommand(), setupDataCommand())
+	return cmd
+}
+
+// containerdFlags are those of setup containerd.
+type containerdFlags struct {
+	mirror, dir, existing, authorization, config string
+	referrers, write, undo, hold                 bool
+}
+
+func setupContainerdCommand() *cobra.Command {
+	var f containerdFlags
+	cmd := &cobra.Command{
+		Use:   "containerd",
+		Short: "Point containerd at the mirror, or show what that would change",
+		Long: `Write DIR/REGISTRY/hosts.toml for each registry of the mirror's configuration, with the mirror first and the
+registry itself behind it; with any_registry also DIR/_default/hosts.toml. Kubernetes, k3s, nerdctl and
+Docker 28 or later (--certs-d /etc/docker/certs.d) read the same files; none of them needs a restart.
+
+It shows what would change. --write does it, --undo restores byte for byte what was there before, and --hold
+does both: it writes, waits for SIGTERM or SIGINT, and undoes; meanwhile it writes again what vanishes.
+
+A hosts.toml that is not breakwater's is never lost. By --existing it makes the command fail before anything
+is written (refuse), it is kept beside the new one until --undo (replace), or it stays and only the others are
+written (keep). What is not a file, such as a symbolic link, is never touched.
+
+--referrers names the mirror for referrers too, which containerd 2.2 and Docker 29.1 or later ask for and then
+find in an outage. Older ones do not know the word and ignore a file that has it, without a word to the user.
+
+Warnings say what in containerd's own configuration would have it ignore these files.`,
+		Example: `  breakwater setup containerd                       # shows what would be written
+  breakwater setup containerd --write
+  breakwater setup containerd --undo
+  breakwater setup containerd --write --config /etc/breakwater/breakwater.yaml --referrers --existing replace
+  breakwater setup containerd --write --mirror https://mirror.internal:5000 --authorization /etc/breakwater/authorization
+  breakwater setup containerd --hold --certs-d /var/lib/rancher/k3s/agent/etc/containerd/certs.d`,
+		Args: noArguments,
+	}
+	load, output := configFlag(cmd), outputFlag(cmd.Flags())
+	flags := cmd.Flags()
+	flags.StringVar(&f.mirror, "mirror", "", "`URL` of the mirror (default: as the configuration's listen and tls say)")
+	flags.StringVar(&f.dir, "certs-d", "/etc/containerd/certs.d", "`DIR` of the registries' folders: containerd's config_path")
+	flags.StringVar(&f.existing, "existing", string(clients.ExistingRefuse), "what happens to a `FILE` that is not breakwater's: refuse, replace or keep")
+	flags.BoolVar(&f.referrers, "referrers", false, "name the mirror for referrers too: containerd 2.2 or later only")
+	flags.StringVar(&f.authorization, "authorization", "", "`FILE` with the value of the header Authorization that the mirror wants")
+	flags.StringVar(&f.config, "containerd-config", "/etc/containerd/config.toml", "containerd's configuration `FILE`, for warnings")
+	flags.BoolVar(&f.write, "write", false, "do it")
+	flags.BoolVar(&f.undo, "undo", false, "restore what was there before")
+	flags.BoolVar(&f.hold, "hold", false, "do it, wait for SIGTERM or SIGINT, and undo it")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.check(); err != nil {
+			return err
+		}
+		if f.undo {
+			done, err := clients.Undo(f.dir)
+			return errors.Join(err, printChanges(cmd.OutOrStdout(), *output, done, "nothing to undo in "+f.dir))
+		}
+		cfg, err := load()
+		if err != nil {
+			return err
+		}
+		c, err := f.containerd(cfg)
+		if err != nil {
+			return err
+		}
+		for _, warning := range c.Warnings(f.config) {
+			fmt.Fprintln(cmd.ErrOrStderr(), "breakwater: warning:", plain(warning))
+		}
+		switch {
+		case f.hold:
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			return c.Hold(ctx, newLogger(cfg.Log, cmd.ErrOrStderr()))
+		case f.write:
+			done, err := c.Write()
+			return errors.Join(err, printChanges(cmd.OutOrStdout(), *output, done, "nothing is written"))
+		}
+		todo, err := c.Plan()
+		if err != nil {
+			return err
+		}
+		return printPlan(cmd.OutOrStdout(), *output, todo)
+	}
+	return cmd
+}
+
+func (f containerdFlags) check() error {
+	n := 0
+	for _, set := range []bool{f.write, f.undo, f.hold} {
+		if set {
+			n++
+		}
+	}
+	if n > 1 {
+		return usageError{errors.New("--write, --undo and --hold exclude each other")}
+	}
+	switch clients.Existing(f.existing) {
+	case clients.ExistingRefuse, clients.ExistingReplace, clients.ExistingKeep:
+		return nil
+	}
+	return usageError{fmt.Errorf("--existing %q: write refuse, replace or keep", f.existing)}
+}
+
+// containerd is what containerd is to be told.
+func (f containerdFlags) containerd(cfg *config.Config) (clients.Containerd, error) {
+	mirror, err := mirrorURL(f.mirror, cfg)
+	if err != nil {
+		return clients.Containerd{}, err
+	}
+	c := clients.Containerd{Dir: f.dir, Mirror: mirror, Registries: map[string]string{}, Others: clients.Others(cfg.AnyRegistry),
+		Referrers: clients.Referrers(f.referrers), Existing: clients.Existing(f.existing)}
+	for name, registry := range cfg.Registries {
+		c.Registries[name] = ownServer(name, registry)
+	}
+	if f.authorization != "" {
+		raw, err := os.ReadFile(f.authorization)
+		if err != nil {
+			return clients.Containerd{}, fmt.Errorf("authorization: %w", err)
+		}
+		if c.Authorization = strings.TrimSpace(string(raw)); c.Authorization == "" {
+			return clients.Containerd{}, fmt.Errorf("authorization: %s is empty", f.authorization)
+		}
+	}
+	return c, nil
+}
+
+// mirrorURL is where clients on this host reach the mirror, if nobody says where.
+func mirrorURL(said string, cfg *config.Config) (string, error) {
+	if said != "" {
+		return strings.TrimSuffix(said, "/"), nil
+	}
+	host, port, err := net.SplitHostPort(cfg.Listen)
+	if err != nil {
+		return "", err // the configuration is checked
+	}
+	if port == "0" {
+		return "", usageError{errors.New("which port? listen leaves that open; use --mirror")}
+	}
+	if address, err := netip.ParseAddr(host); host == "" || err == nil && address.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	scheme := "http"
+	if cfg.TLS.CertFile != "" {
+		scheme = "https"
+	}
+	return scheme + "://" + net.JoinHostPort(host, port), nil
+}
+
+// ownServer is where a client finds a registry by its name, without any mirror. An upstream that has the
+// registry's name says by which scheme.
+func ownServer(name string, registry config.Registry) string {
+	host := name
+	if name == "docker.io" {
+		host = "registry-1.docker.io"
+	}
+	for _, up := range registry.Upstreams {
+		if u, err := url.Parse(up.URL); err == nil && u.Host == host {
+			return up.URL
+		}
+	}
+	return "https://" + host
+}
+
+// verbs are what is said of a change that is made, and of one that would be.
+var verbs = map[clients.Act][2]string{
+	clients.Write:   {"wrote", "would write"},
+	clients.Update:  {"updated", "would update"},
+	clients.Replace: {"replaced", "would replace, keeping it as hosts.toml.before-breakwater,"},
+	clients.Remove:  {"removed", "would remove"},
+	clients.Restore: {"restored", "would restore what was there before:"},
+	clients.Keep:    {"left alone", "would leave alone"},
+	clients.Refuse:  {"refused", "would refuse to write anything:"},
+}
+
+// printChanges says what is done.
+func printChanges(out io.Writer, output format, done []clients.Change, none string) error {
+	if output == outputJSON {
+		return printJSON(out, append([]clients.Change{}, done...))
+	}
+	for _, change := range done {
+		if change.Act == clients.Unchanged {
+			none = "all is as it should be already"
+		}
+	}
+	for _, change := range done {
+		if change.Act != clients.Unchanged {
+			none = ""
+			sayChange(out, verbs[change.Act][0], change)
+		}
+	}
+	if none != "" {
+		fmt.Fprintln(out, none)
+	}
+	return nil
+}
+
+// printPlan says what would be done.
+func printPlan(out io.Writer, output format, todo []clients.Change) error {
+	if output == outputJSON {
+		return printJSON(out, append([]clients.Change{}, todo...))
+	}
+	hint := "nothing would change"
+	for _, change := range todo {
+		if change.Act == clients.Unchanged {
+			continue
+		}
+		hint = "--write does it, --undo restores what was there before"
+		sayChange(out, verbs[change.Act][1], change)
+		for line := range strings.Lines(change.Content) {
+			fmt.Fprint(out, "    ", line)
+		}
+	}
+	fmt.Fprintln(out, hint)
+	return nil
+}
+
+func sayChange(out io.Writer, verb string, change clients.Change) {
+	fmt.Fprintf(out, "%s %s%s\n", verb, plain(change.Path), strings.TrimSuffix(": "+plain(change.Note), ": "))
+}

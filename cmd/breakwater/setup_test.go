@@ -1,0 +1,245 @@
+//go:build linux
+
+package main_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// prepared is a folder of registries and a configuration of a mirror, for setup.
+type prepared struct {
+	*testing.T
+	certs, config, containerd string
+}
+
+func newPrepared(t *testing.T, config string) *prepared {
+	t.Helper()
+	dir := t.TempDir()
+	p := &prepared{t, filepath.Join(dir, "certs.d"), filepath.Join(dir, "config.yaml"), filepath.Join(dir, "config.toml")}
+	p.put(p.config, config)
+	return p
+}
+
+func (p *prepared) put(file, text string) {
+	p.Helper()
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		p.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// run runs setup containerd, wants that exit code, and returns both outputs.
+func (p *prepared) run(code int, args ...string) (out, said string) {
+	p.Helper()
+	args = append([]string{"setup", "containerd", "--config", p.config, "--certs-d", p.certs, "--containerd-config", p.containerd}, args...)
+	got, out, said := runAs(p.T, nil, binary(p.T), args...)
+	if got != code {
+		p.Fatalf("%v: exit %d, want %d\nout %s\nsaid %s", args, got, code, out, said)
+	}
+	return out, said
+}
+
+func (p *prepared) read(registry string) string {
+	p.Helper()
+	text, err := os.ReadFile(filepath.Join(p.certs, registry, "hosts.toml"))
+	if err != nil {
+		p.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "\n") // the mark
+	return rest
+}
+
+func (p *prepared) holds(what, got string, want ...string) {
+	p.Helper()
+	for _, want := range want {
+		if !strings.Contains(got, want) {
+			p.Errorf("%s: no %q in\n%s", what, want, got)
+		}
+	}
+}
+
+const setupRegistries = `
+registries:
+  docker.io: {}
+  quay.io: {upstreams: [{url: "https://mirror.test"}]}
+  registry.test:5000: {upstreams: [{url: "http://registry.test:5000"}]}
+`
+
+func TestSetupContainerd(t *testing.T) {
+	p := newPrepared(t, "listen: 0.0.0.0:5555\naccess: {anonymous: true}\nany_registry: true\n"+setupRegistries)
+	out, said := p.run(0)
+	p.holds("shown", out, "would write "+p.certs+"/quay.io/hosts.toml\n", `    server = "https://quay.io"`, "--write does it")
+	if _, err := os.Stat(p.certs); err == nil || said != "" {
+		t.Errorf("showing has made the folder, or said %q", said)
+	}
+	out, _ = p.run(0, "--write")
+	p.holds("written", out, "wrote "+p.certs+"/registry.test_5000_/hosts.toml\n")
+	const host = "\n[host.\"http://127.0.0.1:5555\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+	for registry, want := range map[string]string{
+		"docker.io":           "server = \"https://registry-1.docker.io\"\n" + host,
+		"quay.io":             "server = \"https://quay.io\"\n" + host,
+		"registry.test_5000_": "server = \"http://registry.test:5000\"\n" + host,
+		"_default":            host,
+	} {
+		if got := p.read(registry); got != want {
+			t.Errorf("%s:\n%s, want\n%s", registry, got, want)
+		}
+	}
+	out, _ = p.run(0, "--write")
+	p.holds("written again", out, "all is as it should be already")
+	p.put(p.config, "broken: [")
+	out, _ = p.run(0, "--undo") // which needs no configuration
+	p.holds("undone", out, "removed "+p.certs+"/quay.io/hosts.toml\n")
+	if left, err := os.ReadDir(p.certs); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	out, _ = p.run(0, "--undo")
+	p.holds("undone again", out, "nothing to undo in "+p.certs)
+}
+
+func TestSetupContainerdFlags(t *testing.T) {
+	p := newPrepared(t, setupRegistries)
+	mine := filepath.Join(p.certs, "quay.io/hosts.toml")
+	secret := filepath.Join(t.TempDir(), "authorization")
+	p.put(secret, "Basic c2VjcmV0\n")
+	p.put(mine, "mine")
+	_, said := p.run(1, "--write")
+	p.holds("refused", said, "nothing is written", mine, "--existing replace")
+	out, _ := p.run(0)
+	p.holds("shown", out, "would refuse", mine)
+	out, _ = p.run(0, "--existing", "replace", "--authorization", secret, "--referrers", "--output", "json")
+	var changes []struct{ Path, Act, Content string }
+	if err := json.Unmarshal([]byte(out), &changes); err != nil || len(changes) != 3 || changes[1].Path != mine || changes[1].Act != "replace" {
+		t.Errorf("as JSON: %v\n%s", err, out)
+	}
+	if strings.Contains(out, "c2VjcmV0") {
+		t.Errorf("it tells the secret:\n%s", out)
+	}
+	out, _ = p.run(0, "--write", "--existing", "replace", "--authorization", secret, "--referrers", "--mirror", "https://mirror.test:5000/")
+	if strings.Contains(out, "c2VjcmV0") {
+		t.Errorf("it tells the secret:\n%s", out)
+	}
+	const want = "server = \"https://quay.io\"\n\n[host.\"https://mirror.test:5000\"]\n  capabilities = [\"pull\", \"resolve\", \"referrers\"]\n" +
+		"  [host.\"https://mirror.test:5000\".header]\n    Authorization = \"Basic c2VjcmV0\"\n"
+	if got := p.read("quay.io"); got != want {
+		t.Errorf("written:\n%s, want\n%s", got, want)
+	}
+	out, _ = p.run(0, "--undo")
+	p.holds("undone", out, "restored "+mine)
+	if text, err := os.ReadFile(mine); err != nil || string(text) != "mine" {
+		t.Errorf("restored: %q, %v", text, err)
+	}
+	p.put(p.containerd, "version = 2\n")
+	_, said = p.run(0, "--write", "--existing", "keep")
+	p.holds("warned", said, "breakwater: warning: "+p.containerd+" has no config_path")
+
+	_, said = p.run(2, "--write", "--undo")
+	p.holds("two of them", said, "exclude each other")
+	_, said = p.run(2, "--existing", "burn")
+	p.holds("another word", said, "write refuse, replace or keep")
+	_, said = p.run(1, "--mirror", "127.0.0.1:5000")
+	p.holds("no URL", said, "such as http://127.0.0.1:5000")
+	_, said = p.run(1, "--authorization", secret+"x")
+	p.holds("no file", said, "no such file")
+	p.put(secret, "\n")
+	_, said = p.run(1, "--authorization", secret)
+	p.holds("empty", said, "is empty")
+	p.put(p.config, "listen: 127.0.0.1:0\n")
+	_, said = p.run(2)
+	p.holds("no port", said, "use --mirror")
+	p.put(p.config, "listen: [\n")
+	p.run(1)
+}
+
+// TestSetupContainerdHold is what a sidecar does.
+func TestSetupContainerdHold(t *testing.T) {
+	p := newPrepared(t, setupRegistries)
+	mine := filepath.Join(p.certs, "quay.io/hosts.toml")
+	p.put(mine, "mine")
+	_, said := p.run(1, "--hold")
+	p.holds("refused", said, "nothing is written")
+	cmd := exec.CommandContext(t.Context(), binary(t), "setup", "containerd", "--hold", "--existing", "replace",
+		"--config", p.config, "--certs-d", p.certs, "--containerd-config", p.containerd)
+	out, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	log := bufio.NewScanner(out)
+	for log.Scan() && !strings.Contains(log.Text(), "pointed at the mirror") {
+	}
+	if !strings.Contains(p.read("quay.io"), "127.0.0.1:5000") {
+		t.Error("held, and not written")
+	}
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	for log.Scan() {
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if text, err := os.ReadFile(mine); err != nil || string(text) != "mine" {
+		t.Errorf("restored: %q, %v", text, err)
+	}
+	if left, err := os.ReadDir(p.certs); err != nil || len(left) != 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestSetupData runs it with the one capability that an init container is given.
+func TestSetupData(t *testing.T) {
+	need(t, "setpriv")
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	data := filepath.Join(dir, "data")
+	run := func(code int, want string, args ...string) {
+		t.Helper()
+		args = append([]string{"--bounding-set", "-all,+chown", "--inh-caps", "-all", "--no-new-privs", binary(t), "setup", "data", "--data", data}, args...)
+		got, out, said := runAs(t, nil, "setpriv", args...)
+		if got != code || !strings.Contains(out+said, want) {
+			t.Errorf("%v: exit %d, want %d with %q:\n%s%s", args, got, code, want, out, said)
+		}
+	}
+	is := func(want string) {
+		t.Helper()
+		info, err := os.Stat(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stat := info.Sys().(*syscall.Stat_t)
+		if got := fmt.Sprintf("%v %d:%d", info.Mode(), stat.Uid, stat.Gid); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	run(0, "is 65532:65532's now", "--owner", "65532:65532")
+	is("drwx------ 65532:65532")
+	run(0, "is 65532:65532's already", "--owner", "65532:65532")
+	run(1, "permission denied", "--owner", "65531:65531") // it is not root's to give
+	is("drwx------ 65532:65532")
+	if err := os.Remove(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(data, "blobs"), 0o755); err != nil { // as kubelet makes it
+		t.Fatal(err)
+	}
+	run(1, "--recursive", "--owner", "65532:65532")
+	is("drwxr-xr-x 0:0")
+	run(0, "is 65532:65532's now", "--owner", "65532:65532", "--recursive")
+	is("drwx------ 65532:65532")
+	for _, wrong := range []string{"", "65532", "root:root", "-1:0"} {
+		run(2, "--owner", "--owner="+wrong)
+	}
+}

@@ -1,0 +1,290 @@
+package clients
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// defaultFolder is where containerd looks for a registry that has no folder.
+const defaultFolder = "_default"
+
+// Containerd is what is told to containerd, and to all that reads files like its own, in
+// DIR/REGISTRY/hosts.toml (containerd, docs/hosts.md). None of them needs a restart.
+type Containerd struct {
+	Dir        string            // DIR, such as /etc/containerd/certs.d
+	Mirror     string            // the URL of the mirror
+	Registries map[string]string // by name: the URL of its own server, which is asked when the mirror does not serve
+	Others     Others            // of registries that are not named
+	Referrers  Referrers
+	// Authorization is the value of that header, "" for none: only root may read the files then.
+	Authorization string
+	Existing      Existing
+}
+
+// Others says whether registries that are not named are asked of the mirror too.
+type Others bool
+
+// Referrers says whether the mirror is named for referrers too, a word with which containerd before 2.2
+// does not read a file at all.
+type Referrers bool
+
+// Plan is what Write would do. It refuses what cannot be written at all; where Write would refuse a file
+// that is there, the change of that file says so.
+func (c Containerd) Plan() ([]Change, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(c.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		root, err = nil, nil // then all is to be written
+	}
+	if err != nil {
+		return nil, err
+	}
+	if root != nil {
+		defer root.Close()
+	}
+	todo, err := c.todo(root)
+	return changes(todo), err
+}
+
+// Write names the mirror for each registry, and undoes that for those for which it was named before. If
+// a file must not be replaced, nothing is written, and the error names all such files.
+func (c Containerd) Write() ([]Change, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	return locked(c.Dir, func(root *os.Root) ([]Change, error) {
+		todo, err := c.todo(root)
+		if err != nil {
+			return nil, err
+		}
+		var refused []error
+		for _, t := range todo {
+			if t.Act == Refuse {
+				refused = append(refused, fmt.Errorf("%s: %s", t.Path, t.Note))
+			}
+		}
+		if refused != nil {
+			return nil, fmt.Errorf("nothing is written:\n%w", errors.Join(refused...))
+		}
+		return carryOut(root, todo)
+	})
+}
+
+// Undo restores what was there before Write, in dir. What somebody has changed since is left alone.
+func Undo(dir string) ([]Change, error) {
+	done, err := locked(dir, func(root *os.Root) ([]Change, error) {
+		names, err := folders(root)
+		if err != nil {
+			return nil, err
+		}
+		var todo []task
+		for _, name := range names {
+			f, err := look(root, name)
+			if err != nil {
+				return nil, err
+			}
+			if change, ok := f.undo(); ok {
+				change.Path = filepath.Join(dir, name, hostsFile)
+				todo = append(todo, task{change, f, file{}})
+			}
+		}
+		return carryOut(root, todo)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return done, err
+}
+
+// locked runs f while no other process does so in dir.
+func locked(dir string, f func(*os.Root) ([]Change, error)) ([]Change, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	here, err := root.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer here.Close() // which frees the lock
+	if err := unix.Flock(int(here.Fd()), unix.LOCK_EX); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return f(root)
+}
+
+// task is a change, and what it takes to carry it out.
+type task struct {
+	Change
+	folder folder
+	file   file
+}
+
+func changes(todo []task) []Change {
+	all := make([]Change, 0, len(todo))
+	for _, t := range todo {
+		all = append(all, t.Change)
+	}
+	return all
+}
+
+// carryOut returns what is done, also if something fails on the way.
+func carryOut(root *os.Root, todo []task) ([]Change, error) {
+	if err := sweep(root); err != nil {
+		return nil, err
+	}
+	done := make([]Change, 0, len(todo))
+	for _, t := range todo {
+		if err := t.folder.carryOut(t.Act, t.file); err != nil {
+			return done, fmt.Errorf("%s %s: %w", t.Act, t.Path, err)
+		}
+		done = append(done, t.Change)
+	}
+	return done, nil
+}
+
+// todo is what is to be done with each registry's file, and with those of ours for others. root is nil
+// if there is no folder yet.
+func (c Containerd) todo(root *os.Root) ([]task, error) {
+	wanted, err := c.wanted(root)
+	if err != nil {
+		return nil, err
+	}
+	names := slices.Collect(maps.Keys(wanted))
+	if root != nil {
+		there, err := folders(root)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, there...)
+	}
+	slices.Sort(names)
+	var todo []task
+	for _, name := range slices.Compact(names) {
+		f, err := look(root, name)
+		if err != nil {
+			return nil, err
+		}
+		server, want := wanted[name]
+		t := task{Change{Path: filepath.Join(c.Dir, name, hostsFile)}, f, c.file(server)}
+		switch {
+		case want:
+			t.Act, t.Note = f.plan(t.file, c.Existing)
+			if t.Act == Write || t.Act == Update || t.Act == Replace {
+				hidden := c
+				if c.Authorization != "" {
+					hidden.Authorization = "…"
+				}
+				t.Content = hidden.file(server).text
+			}
+		case f.ours:
+			change, _ := f.undo()
+			t.Act, t.Note = change.Act, change.Note
+		default:
+			continue
+		}
+		todo = append(todo, t)
+	}
+	return todo, nil
+}
+
+// wanted are the folders in which a file should be, and its server.
+func (c Containerd) wanted(root *os.Root) (map[string]string, error) {
+	wanted := map[string]string{}
+	for registry, server := range c.Registries {
+		name := portFolder(registry)
+		if name != registry && root != nil {
+			// containerd takes the first that exists: a folder of the other form stays in force.
+			_, err := root.Lstat(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				if _, err = root.Lstat(registry); err == nil {
+					name = registry
+				}
+			}
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return nil, err
+			}
+		}
+		wanted[name] = server
+	}
+	if c.Others {
+		wanted[defaultFolder] = ""
+	}
+	return wanted, nil
+}
+
+// portFolder is where containerd looks first for a registry whose name has a port.
+func portFolder(registry string) string {
+	if at := strings.LastIndexByte(registry, ':'); at > 0 {
+		return registry[:at] + "_" + registry[at+1:] + "_"
+	}
+	return registry
+}
+
+// mark begins each file of ours, and nobody else's.
+const mark = "# Managed by breakwater"
+
+// file is what a hosts.toml should be.
+type file struct {
+	text string
+	mode fs.FileMode
+}
+
+// file names the mirror, and the registry's own server, if it is known which that is. check has seen to
+// it that what Go quotes is what TOML quotes. Capabilities that are not written would be all, push too.
+func (c Containerd) file(server string) file {
+	var text strings.Builder
+	text.WriteString(mark + ": `breakwater setup containerd --undo` restores what was here before.\n")
+	if server != "" {
+		fmt.Fprintf(&text, "server = %q\n", server)
+	}
+	words := `"pull", "resolve"`
+	if c.Referrers {
+		words += `, "referrers"`
+	}
+	fmt.Fprintf(&text, "\n[host.%q]\n  capabilities = [%s]\n", c.Mirror, words)
+	mode := fs.FileMode(0o644)
+	if c.Authorization != "" {
+		fmt.Fprintf(&text, "  [host.%q.header]\n    Authorization = %q\n", c.Mirror, c.Authorization)
+		mode = 0o600
+	}
+	return file{text.String(), mode}
+}
+
+// check finds mistakes in what the files are made of. It never repeats the secret.
+func (c Containerd) check() error {
+	u, err := url.Parse(c.Mirror)
+	switch {
+	case err != nil || !printable(c.Mirror) || u.Host == "" || u.Scheme != "http" && u.Scheme != "https":
+		return fmt.Errorf("mirror %q: write its URL, such as http://127.0.0.1:5000", c.Mirror)
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		return errors.New("mirror: an account, a query or a fragment has no place in its URL")
+	case !printable(c.Authorization):
+		return errors.New("authorization: what is not printable ASCII has no place in a header")
+	}
+	for registry, server := range c.Registries {
+		if registry == "" || strings.ContainsAny(registry, "/\\") || strings.HasPrefix(registry, ".") || !printable(registry+server) {
+			return fmt.Errorf("%q is not the name of a registry", registry)
+		}
+	}
+	return nil
+}
+
+func printable(s string) bool {
+	return strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) < 0
+}

@@ -1,0 +1,73 @@
+package clients
+
+import (
+	"context"
+	"log/slog"
+	"time"
+)
+
+// lookAgain is how often a held folder is looked at. k3s writes its files anew at each start: it removes the
+// folders of the registries that its registries.yaml names with all that is in them, and before it looked
+// whose they are, the folder of all registries (k3s, pkg/agent/containerd, writeContainerdHosts).
+const lookAgain = 30 * time.Second
+
+// Hold writes, and undoes that when ctx ends. Meanwhile it writes again what vanishes; what others put
+// there is theirs. It returns early only if it cannot write at first.
+func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
+	done, err := c.Write()
+	report(logger, done)
+	if err != nil {
+		return err
+	}
+	logger.Info("containerd is pointed at the mirror", "mirror", c.Mirror, "files", len(done))
+	h := holding{logger: logger, left: map[string]bool{}}
+	for _, change := range done {
+		h.left[change.Path] = change.Act == Keep
+	}
+	c.Existing = ExistingKeep
+	ticker := time.NewTicker(lookAgain)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			h.again(c)
+		case <-ctx.Done():
+			done, err := Undo(c.Dir)
+			report(logger, done)
+			logger.Info("containerd is as it was before")
+			return err
+		}
+	}
+}
+
+// holding is what has been said already.
+type holding struct {
+	logger *slog.Logger
+	left   map[string]bool // paths
+	failed string
+}
+
+func (h *holding) again(c Containerd) {
+	done, err := c.Write()
+	for _, change := range done {
+		left := change.Act == Keep
+		if change.Act != Unchanged && (!left || !h.left[change.Path]) {
+			h.logger.Warn("a file of containerd's has changed", "path", change.Path, "act", change.Act, "note", change.Note)
+		}
+		h.left[change.Path] = left
+	}
+	failed := ""
+	if err != nil {
+		failed = err.Error()
+	}
+	if failed != h.failed && err != nil {
+		h.logger.Error("containerd's files cannot be looked after; tried again each 30 s", "err", err)
+	}
+	h.failed = failed
+}
+
+func report(logger *slog.Logger, done []Change) {
+	for _, change := range done {
+		logger.Info("containerd's file", "path", change.Path, "act", change.Act, "note", change.Note)
+	}
+}
