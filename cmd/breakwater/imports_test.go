@@ -14,12 +14,13 @@ func TestImportsPointDown(t *testing.T) {
 		"breakwater/pkg/oci":        {},
 		"breakwater/pkg/config":     {"breakwater/pkg/oci"},
 		"breakwater/pkg/clients":    {},
+		"breakwater/pkg/warm":       {"breakwater/pkg/oci"},
 		"breakwater/storage":        {"breakwater/pkg/oci"},
 		"breakwater/storage/s3":     {"breakwater/pkg/oci"},
 		"breakwater/proxy/upstream": {"breakwater/pkg/oci"},
 		"breakwater/proxy/access":   {},
 		"breakwater/proxy":          {"breakwater/pkg/oci", "breakwater/pkg/config", "breakwater/proxy/upstream", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
-		"breakwater/cmd/breakwater": {"breakwater/pkg/config", "breakwater/pkg/clients", "breakwater/proxy", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
+		"breakwater/cmd/breakwater": {"breakwater/pkg/oci", "breakwater/pkg/config", "breakwater/pkg/clients", "breakwater/pkg/warm", "breakwater/proxy", "breakwater/proxy/access", "breakwater/storage", "breakwater/storage/s3"},
 		// For tests, the demo, the bench and the long runs only.
 		"breakwater/pkg/registrytest": {"breakwater/pkg/oci"},
 		"breakwater/pkg/buckettest":   {"breakwater/pkg/registrytest"},
@@ -45,6 +46,7 @@ func TestImportsPointDown(t *testing.T) {
 		"github.com/spf13/":                       "breakwater/cmd/breakwater",
 		"github.com/coreos/go-systemd/":           "breakwater/cmd/breakwater",
 		"golang.org/x/crypto/x509roots/":          "breakwater/cmd/pack",
+		"github.com/google/go-containerregistry/": "breakwater/pkg/warm",
 		"github.com/vbauerster/mpb/":              "breakwater/cmd/breakwater",
 		"github.com/distribution/reference/":      "breakwater/pkg/oci",
 	}

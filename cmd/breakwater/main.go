@@ -41,6 +41,7 @@ nobody has ever pulled.`,
   breakwater serve --config breakwater.yaml
   breakwater status                                 # what it holds, and which upstreams are out
   breakwater setup containerd --write               # points containerd at it; --undo restores what was there
+  breakwater warm alpine quay.io/org/app:v1         # so that it holds them
   breakwater config example > breakwater.yaml       # a commented configuration to begin with`,
 		Version:       version,
 		Args:          noArguments,
@@ -49,7 +50,7 @@ nobody has ever pulled.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), setupCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
+	root.AddCommand(serveCommand(), setupCommand(), warmCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
 	return root
 }
 

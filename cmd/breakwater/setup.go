@@ -67,7 +67,7 @@ Warnings say what in containerd's own configuration would have it ignore these f
 	flags := cmd.Flags()
 	flags.StringVar(&f.mirror, "mirror", "", "`URL` of the mirror (default: as the configuration's listen and tls say)")
 	flags.StringVar(&f.dir, "certs-d", "/etc/containerd/certs.d", "`DIR` of the registries' folders: containerd's config_path")
-	flags.StringVar(&f.existing, "existing", string(clients.ExistingRefuse), "what happens to a `FILE` that is not breakwater's: refuse, replace or keep")
+	flags.StringVar(&f.existing, "existing", string(clients.ExistingRefuse), "`WHAT` happens to a file that is not breakwater's: refuse, replace or keep")
 	flags.BoolVar(&f.referrers, "referrers", false, "name the mirror for referrers too: containerd 2.2 or later only")
 	flags.StringVar(&f.authorization, "authorization", "", "`FILE` with the value of the header Authorization that the mirror wants")
 	flags.StringVar(&f.config, "containerd-config", "/etc/containerd/config.toml", "containerd's configuration `FILE`, for warnings")

@@ -135,10 +135,8 @@ func progressOn(w io.Writer, output format) shown {
 	if output == outputJSON {
 		return shown{func(storage.Progress) {}, func() {}}
 	}
-	if file, ok := w.(*os.File); ok {
-		if _, err := unix.IoctlGetWinsize(int(file.Fd()), unix.TIOCGWINSZ); err == nil {
-			return bar(file)
-		}
+	if file, ok := terminal(w); ok {
+		return bar(file, "verifying")
 	}
 	said := time.Now()
 	return shown{func(p storage.Progress) {
@@ -149,10 +147,18 @@ func progressOn(w io.Writer, output format) shown {
 	}, func() {}}
 }
 
-func bar(w io.Writer) shown {
+func terminal(w io.Writer) (file *os.File, ok bool) {
+	if file, ok = w.(*os.File); ok {
+		_, err := unix.IoctlGetWinsize(int(file.Fd()), unix.TIOCGWINSZ)
+		ok = err == nil
+	}
+	return file, ok
+}
+
+func bar(w io.Writer, what string) shown {
 	all := mpb.New(mpb.WithOutput(w), mpb.WithAutoRefresh(), mpb.WithWidth(80))
 	b := all.AddBar(0, mpb.BarRemoveOnComplete(),
-		mpb.PrependDecorators(decor.Name("verifying"), decor.CountersKibiByte(" % .1f of % .1f")),
+		mpb.PrependDecorators(decor.Name(what), decor.CountersKibiByte(" % .1f of % .1f")),
 		mpb.AppendDecorators(decor.Percentage(), decor.Name(" "), decor.AverageETA(decor.ET_STYLE_GO)))
 	return shown{func(p storage.Progress) {
 		b.SetTotal(p.AllBytes, false)

@@ -19,6 +19,9 @@ const (
 	criShort  = "cri"                         // 1, and in lists of disabled plugins
 )
 
+// dockerCerts is read by Docker itself, whatever containerd's configuration says.
+const dockerCerts = "/etc/docker/certs.d"
+
 // maxImports is how many files of containerd's are read, which may import each other.
 const maxImports = 100
 
@@ -37,7 +40,7 @@ func (c Containerd) Warnings(config string) []string {
 	var r criRegistry
 	seen, warnings := map[string]bool{}, []string(nil)
 	r.read(config, seen, func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) })
-	if len(seen) == 0 {
+	if len(seen) == 0 || c.isDir(dockerCerts) {
 		return warnings
 	}
 	section := criImages
@@ -48,7 +51,7 @@ func (c Containerd) Warnings(config string) []string {
 	folders := filepath.SplitList(r.path)
 	switch {
 	case r.disabled:
-		warnings = append(warnings, config+": the CRI plugin is disabled: no kubelet pulls through this containerd, and Docker reads /etc/docker/certs.d (--certs-d)")
+		warnings = append(warnings, config+": the CRI plugin is disabled: no kubelet pulls through this containerd, and Docker reads "+dockerCerts+" (--certs-d)")
 	case r.mirrors:
 		warnings = append(warnings, config+" has registry.mirrors, with which containerd ignores hosts.toml files: take that away, and "+remedy)
 	case r.path == "":

@@ -53,6 +53,13 @@ func TestWarnings(t *testing.T) {
 			}
 		})
 	}
+	broken := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(broken, []byte(v3), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := (Containerd{Dir: dockerCerts}).Warnings(broken); got != nil {
+		t.Errorf("of Docker's folder: %q", got)
+	}
 	if got := (Containerd{}).Warnings(filepath.Join(t.TempDir(), "config.toml")); got != nil {
 		t.Errorf("of no file: %q", got)
 	}
