@@ -14,6 +14,7 @@ import (
 
 	"breakwater/pkg/clients"
 	"breakwater/pkg/config"
+	"breakwater/pkg/oci"
 
 	"github.com/spf13/cobra"
 )
@@ -177,7 +178,7 @@ func mirrorURL(said string, cfg *config.Config) (string, error) {
 // registry's name says by which scheme.
 func ownServer(name string, registry config.Registry) string {
 	host := name
-	if name == "docker.io" {
+	if name == oci.DockerHub {
 		host = "registry-1.docker.io"
 	}
 	for _, up := range registry.Upstreams {

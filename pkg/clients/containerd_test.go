@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -166,6 +167,10 @@ func TestWriteAndUndo(t *testing.T) {
 	}
 	d.same("write again", d.must(c.Write()), []string{"docker.io unchanged", "quay.io unchanged"})
 	d.same("what is right", d.tree(), written)
+	if err := os.Chmod(filepath.Join(d.dir, "quay.io/hosts.toml"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	d.same("write of what others may write", d.must(c.Write()), []string{"docker.io unchanged", "quay.io update"})
 	c.Authorization, c.Others = "Basic c2VjcmV0", true
 	delete(c.Registries, "docker.io")
 	changes, err := c.Plan()
@@ -307,6 +312,35 @@ func TestChangedAfterwards(t *testing.T) {
 		}
 		d.same("after undo", d.tree(), before)
 	}
+}
+
+// TestNeverWithout looks all the time whether the file is there, while it is replaced and restored.
+func TestNeverWithout(t *testing.T) {
+	d := newCertsD(t)
+	d.put("quay.io/hosts.toml", "mine", 0o640)
+	c := d.containerd()
+	c.Existing = ExistingReplace
+	stop := make(chan struct{})
+	var looking sync.WaitGroup
+	looking.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if text, err := os.ReadFile(filepath.Join(d.dir, "quay.io/hosts.toml")); err != nil || len(text) == 0 {
+					t.Errorf("%q, %v", text, err)
+					return
+				}
+			}
+		}
+	})
+	for range 30 {
+		d.must(c.Write())
+		d.must(Undo(d.dir))
+	}
+	close(stop)
+	looking.Wait()
 }
 
 // TestKilled builds what a process leaves that is killed at each step, and wants the next call to end well.

@@ -2,8 +2,11 @@ package warm_test
 
 import (
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
@@ -123,6 +126,41 @@ func TestOneTry(t *testing.T) {
 	}
 }
 
+// TestAccount: a mirror that asks who we are is told what docker login has stored.
+func TestAccount(t *testing.T) {
+	reg := registrytest.New(registrytest.Config{Auth: registrytest.Auth{Scheme: "Basic", Users: map[string]string{"ci": "password"}}})
+	reg.Push("quay.test/org/app", "v1", registrytest.NewImage(registrytest.Layer(1, 100)))
+	reg.Fault(registrytest.Match{}, registrytest.Header("Cache-Status", "breakwater; hit"))
+	url := reg.Start(t).URL
+	dir := t.TempDir()
+	t.Setenv("DOCKER_CONFIG", dir)
+	t.Setenv("HOME", dir)
+	t.Setenv("XDG_RUNTIME_DIR", dir)
+	ref, err := oci.ParseImage("quay.test/org/app:v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pull := func() error {
+		mirror, err := warm.New(url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer mirror.Close()
+		_, err = mirror.Pull(t.Context(), ref, func(int64, int64) {})
+		return err
+	}
+	if err := pull(); err == nil || !strings.Contains(err.Error(), "UNAUTHORIZED") {
+		t.Errorf("with no account: %v", err)
+	}
+	login := `{"auths": {"` + strings.TrimPrefix(url, "http://") + `": {"username": "ci", "password": "password"}}}`
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(login), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := pull(); err != nil {
+		t.Errorf("with an account: %v", err)
+	}
+}
+
 // TestThreeBlobs counts how many are read at a time.
 func TestThreeBlobs(t *testing.T) {
 	reg := registrytest.New(registrytest.Config{})
@@ -157,6 +195,10 @@ func TestThreeBlobs(t *testing.T) {
 	go func() {
 		for range 3 {
 			<-arrived // all three together, before the first is let go
+		}
+		select {
+		case <-arrived: // and no fourth one, as far as somebody can tell who waits
+		case <-time.After(200 * time.Millisecond):
 		}
 		close(release)
 	}()
