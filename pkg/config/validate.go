@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -415,10 +416,21 @@ func checkSecret(file string) error {
 		return fmt.Errorf("%w; write the name of a file that holds the secret", err)
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a file", file)
-	case info.Mode().Perm()&0o077 != 0:
+	case info.Mode().Perm()&0o077 != 0 && !isLent(info):
 		return fmt.Errorf("%s is open to others than its owner (mode %04o); run chmod 600 %s", file, info.Mode().Perm(), file)
 	case info.Size() == 0:
 		return fmt.Errorf("%s is empty; write the secret to it", file)
 	}
 	return nil
+}
+
+// isLent reports whether a file is root's, who lets a group of ours read it, and nobody else: so a kubelet
+// mounts a Secret for a pod's fsGroup, whose files it can make nobody's own.
+func isLent(info fs.FileInfo) bool {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || stat.Uid != 0 || stat.Gid == 0 || info.Mode().Perm()&0o037 != 0 {
+		return false
+	}
+	groups, err := os.Getgroups()
+	return err == nil && slices.Contains(append(groups, os.Getegid()), int(stat.Gid))
 }
