@@ -8,7 +8,7 @@ set -u
 packages='gcc libc6-dev docker.io containerd runc podman skopeo iptables iproute2 strace e2fsprogs nginx mmdebstrap systemd systemd-container rpm'
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/breakwater-test
 bin=$cache/bin
-clients=$(dirname "$0")/containerd-client
+here=$(dirname "$0")
 
 install_packages() {
 	# A package must not start its service: the tests run daemons of their own, and this machine
@@ -53,7 +53,28 @@ build v0.22.1 github.com/google/go-containerregistry/cmd/crane
 build v2.4.2 $containerd/containerd $containerd/ctr $containerd/containerd-shim-runc-v2
 build v0.0.0-20260831232431-97274622c111 github.com/opencontainers/distribution-spec/conformance
 build v1.8.0 github.com/versity/versitygw/cmd/versitygw
-CGO_ENABLED=0 GOFLAGS='' go build -C "$clients" -o "$bin/containerd-client" .
+CGO_ENABLED=0 GOFLAGS='' go build -C "$here/containerd-client" -o "$bin/containerd-client" .
+
+# What the chart is tested with. Both Helms call themselves helm; helm-unittest needs a replaced module.
+(bin=$cache/helm3 && build v3.22.0 helm.sh/helm/v3/cmd/helm)
+(bin=$cache/helm4 && build v4.3.1 helm.sh/helm/v4/cmd/helm)
+build v0.8.0 github.com/yannh/kubeconform/cmd/kubeconform
+build v1.14.2 github.com/norwoodj/helm-docs/cmd/helm-docs
+CGO_ENABLED=0 GOFLAGS='' go build -C "$here/helm-unittest" -o "$bin/helm-unittest" github.com/helm-unittest/helm-unittest/cmd/helm-unittest
+
+# document MODULE VERSION FILE: a file of a module, among the documents of Kubernetes' APIs.
+document() {
+	if [ "$(cat "$cache/kubernetes/${3##*/}.version" 2>/dev/null)" != "$2" ]; then
+		echo "fetching: ${3##*/} $2"
+		mkdir -p "$cache/kubernetes"
+		module=$(GOFLAGS='' go mod download -json "$1@$2" | sed -n 's/.*"Dir": "\(.*\)",*/\1/p')
+		cp "$module/$3" "$cache/kubernetes/" && echo "$2" >"$cache/kubernetes/${3##*/}.version"
+	fi
+}
+document k8s.io/kubernetes v1.35.4 api/openapi-spec/swagger.json
+for kind in podmonitors servicemonitors; do
+	document github.com/prometheus-operator/prometheus-operator v0.85.0 example/prometheus-operator-crd/monitoring.coreos.com_$kind.yaml
+done
 
 # A small Debian that packages are installed into, and that boots.
 debian=$cache/debian

@@ -30,6 +30,7 @@ func TestImportsPointDown(t *testing.T) {
 			"breakwater/proxy", "breakwater/storage", "breakwater/storage/s3"},
 		"breakwater/cmd/pack": {},
 		"breakwater/cmd/soak": {"breakwater/pkg/oci", "breakwater/pkg/registrytest"},
+		"breakwater/charts":   {}, // nothing but tests
 	}
 	homes := map[string]string{
 		"github.com/sony/gobreaker/":              "breakwater/proxy/upstream",
