@@ -149,9 +149,20 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* The configuration and its secrets, for all that read it. */}}
 {{- define "breakwater.configMounts" -}}
 - {name: config, mountPath: /etc/breakwater, readOnly: true}
 {{- range .Values.secrets }}
 - {name: secret-{{ .name }}, mountPath: /etc/breakwater/secrets/{{ .name }}, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "breakwater.configVolumes" -}}
+- name: config
+  configMap:
+    name: {{ include "breakwater.fullname" . }}
+{{- range .Values.secrets }}
+- name: secret-{{ .name }}
+  secret: {secretName: {{ .secret | quote }}, defaultMode: 0440}
 {{- end }}
 {{- end -}}

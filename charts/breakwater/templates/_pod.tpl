@@ -142,13 +142,7 @@ spec:
         {{- include "breakwater.configMounts" . | nindent 8 }}
         - {name: data, mountPath: /var/lib/breakwater}
   volumes:
-    - name: config
-      configMap:
-        name: {{ include "breakwater.fullname" . }}
-    {{- range .Values.secrets }}
-    - name: secret-{{ .name }}
-      secret: {secretName: {{ .secret | quote }}, defaultMode: 0440}
-    {{- end }}
+    {{- include "breakwater.configVolumes" . | nindent 4 }}
     {{- if $sidecar }}
     {{- with .Values.containerd.authorization.secret }}
     - name: authorization
