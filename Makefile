@@ -14,6 +14,15 @@ test:
 	CGO_ENABLED=1 go test -race -timeout 45m ./... # cmd/breakwater runs real clients, one after the other
 	go test -run TestBreakerModel ./proxy/upstream # all of it is too slow with -race
 
+# The chart alone; and in a cluster of one node, which CLUSTER_SH starts (root).
+chart:
+	testdata/install.sh
+	go test ./charts
+
+test-cluster:
+	testdata/install.sh
+	CI=true go test -tags cluster -count=1 -run TestCluster -timeout 60m -v ./charts
+
 lint:
 	$(LINT) run
 	go vet ./...
@@ -49,4 +58,4 @@ fleet:
 powercut:
 	FAULTS=full go test -count=1 -timeout 60m -v -run TestF46PowerCut ./storage
 
-.PHONY: build run test lint fuzz faults-full packages image licences vuln bench demo soak fleet powercut
+.PHONY: build run test chart test-cluster lint fuzz faults-full packages image licences vuln bench demo soak fleet powercut

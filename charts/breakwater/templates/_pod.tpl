@@ -37,6 +37,10 @@ spec:
     # Not at each start: the store is the mirror's own from the first one on, and large.
     fsGroupChangePolicy: OnRootMismatch
     seccompProfile: {type: RuntimeDefault}
+    {{- with .Values.seLinuxOptions }}
+    seLinuxOptions:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
   {{- if or $onHost $sidecar }}
   initContainers:
     {{- if $onHost }}
