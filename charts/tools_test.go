@@ -11,10 +11,15 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+
+	// What the program that is built below says of a configuration comes from these: with them go test knows
+	// when it has to be asked again.
+	_ "breakwater/pkg/config"
+	_ "breakwater/proxy/access"
 )
 
 const (
-	chart = "breakwater"
+	chart = "breakwater" // its name and its folder
 	// kubernetes is the version whose documents testdata/install.sh has fetched. A Helm that was built from
 	// its module believes in a much older one unless it is told.
 	kubernetes = "1.35.4"
@@ -37,6 +42,16 @@ func cache(t *testing.T, name string) string {
 		cannot(t, "%v: run testdata/install.sh", err)
 	}
 	return file
+}
+
+// copied is a copy of the chart. What this process reads itself, go test knows, and runs again when it changes.
+func copied(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), chart)
+	if err := os.CopyFS(dir, os.DirFS(chart)); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // cannot skips a test, saying why. In CI nothing may be skipped.

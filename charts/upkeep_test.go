@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"breakwater/pkg/config"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -23,17 +25,17 @@ func TestValuesSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var values, config map[string]any
+	var values, own map[string]any
 	if err := json.Unmarshal(old, &values); err != nil {
 		t.Fatal(err)
 	}
-	if err := json.Unmarshal(run(t, breakwater(t), "config", "schema"), &config); err != nil {
+	if err := json.Unmarshal(config.Schema(), &own); err != nil {
 		t.Fatal(err)
 	}
-	values["$defs"] = config["$defs"] // references begin at the top
-	delete(config, "$defs")
-	delete(config, "$schema")
-	values["properties"].(map[string]any)["config"] = config
+	values["$defs"] = own["$defs"] // references begin at the top
+	delete(own, "$defs")
+	delete(own, "$schema")
+	values["properties"].(map[string]any)["config"] = own
 	var text bytes.Buffer
 	e := json.NewEncoder(&text)
 	e.SetEscapeHTML(false)
@@ -46,12 +48,9 @@ func TestValuesSchema(t *testing.T) {
 
 // TestReadme holds that the chart's README is what helm-docs makes of its values.
 func TestReadme(t *testing.T) {
-	copied := filepath.Join(t.TempDir(), chart)
-	if err := os.CopyFS(copied, os.DirFS(chart)); err != nil {
-		t.Fatal(err)
-	}
-	run(t, cache(t, "bin/helm-docs"), "--chart-search-root", copied, "--sort-values-order", "file", "--log-level", "error")
-	made, err := os.ReadFile(filepath.Join(copied, "README.md"))
+	dir := copied(t)
+	run(t, cache(t, "bin/helm-docs"), "--chart-search-root", dir, "--sort-values-order", "file", "--log-level", "error")
+	made, err := os.ReadFile(filepath.Join(dir, "README.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
