@@ -34,6 +34,7 @@ const (
 // already.
 const onLoopback = `
 config:
+  default_registry: registry.test
   registries:
     registry.test: {upstreams: [{url: "http://127.0.0.1:5050"}]}
     replaced.test: {upstreams: [{url: "http://127.0.0.1:5050"}]}
@@ -133,6 +134,7 @@ func (c *cluster) testRegional(t *testing.T) {
 	c.helm(t, helms[0], `
 mode: regional
 config:
+  default_registry: registry.test
   registries: {registry.test: {upstreams: [{url: "http://`+nodeAddress+`:5050"}]}}
   server_names: [`+release+"-"+chart+"."+namespace+`.svc]
   access: {anonymous: true}
