@@ -56,7 +56,7 @@ func TestCluster(t *testing.T) {
 	for _, section := range []struct {
 		name string
 		test func(*testing.T)
-	}{{"node", c.testNode}, {"host port", c.testHostPort}, {"regional", c.testRegional}, {"F70 a new node with the registry gone", c.testNewNode}} {
+	}{{"node", c.testNode}, {"host port", c.testHostPort}, {"node port", c.testNodePort}, {"regional", c.testRegional}, {"F70 a new node with the registry gone", c.testNewNode}} {
 		t.Run(section.name, func(t *testing.T) {
 			t.Cleanup(func() {
 				if t.Failed() {
@@ -104,7 +104,7 @@ func (c *cluster) testNode(t *testing.T) {
 			c.isAsBefore(t, before)
 			c.exec(t, nil, "test", "-e", "/var/lib/breakwater/oci-layout")
 		}},
-		{"Helm 4, and the store is found again", func(t *testing.T) {
+		{"Helm 4 finds the store again", func(t *testing.T) {
 			c.wipeImages(t)
 			c.install(t, helms[1], onLoopback)
 			c.runPod(t, "web-helm4", webImage) // the registry is still gone
@@ -119,31 +119,62 @@ func (c *cluster) testNode(t *testing.T) {
 }
 
 func (c *cluster) testHostPort(t *testing.T) {
+	c.testForwarded(t, "expose: hostPort\n")
+}
+
+func (c *cluster) testNodePort(t *testing.T) {
+	c.testForwarded(t, "expose: nodePort\n", "--set", "config.server_names={127.0.0.1}")
+}
+
+// testForwarded has a mirror in a network of its own, which the node reaches by a port of its loopback.
+func (c *cluster) testForwarded(t *testing.T, expose string, args ...string) {
 	c.serveImages(t)
-	c.install(t, helms[0], strings.ReplaceAll(onLoopback, "127.0.0.1:5050", nodeAddress+":5050")+`
-expose: hostPort
-data: {type: emptyDir}
-`, "--set", "config.access.anonymous=true")
-	c.runPod(t, "web-hostport", webImage)
+	values := strings.ReplaceAll(onLoopback, "127.0.0.1:5050", nodeAddress+":5050") + "data: {type: emptyDir}\n" + expose
+	c.install(t, helms[0], values, append(args, "--set", "config.access.anonymous=true")...)
+	c.runPod(t, "web-forwarded", webImage)
 	c.test(t, helms[0])
 	c.uninstall(t, helms[0])
 }
 
+// testRegional has the store in a claim. The cluster makes no volumes by itself: this one is a folder of the node.
 func (c *cluster) testRegional(t *testing.T) {
 	c.serveImages(t)
-	c.helm(t, helms[0], `
+	const volume = "/var/lib/regional"
+	c.exec(t, nil, "mkdir", "-p", volume)
+	feed(t, []byte(`
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: regional}
+spec:
+  capacity: {storage: 10Gi}
+  accessModes: [ReadWriteOnce]
+  storageClassName: folders
+  local: {path: `+volume+`}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [linux]}]}]}}
+`), "kubectl", "apply", "--filename", "-")
+	t.Cleanup(func() {
+		c.kubectl(t, "delete", "persistentvolumeclaim", release+"-"+chart, "--ignore-not-found")
+		c.kubectl(t, "delete", "persistentvolume", "regional")
+	})
+	install := func() {
+		t.Helper()
+		c.helm(t, helms[0], `
 mode: regional
 config:
   default_registry: registry.test
   registries: {registry.test: {upstreams: [{url: "http://`+nodeAddress+`:5050"}]}}
   server_names: [`+release+"-"+chart+"."+namespace+`.svc]
   access: {anonymous: true}
-data: {type: emptyDir}
+data: {size: 10Gi, storageClass: folders}
 test: {image: "`+webImage+`"}
 `, "install", release, chart)
-	c.kubectl(t, "rollout", "status", "deployment/"+release+"-"+chart, "--timeout=180s")
-	c.test(t, helms[0])
-	c.uninstall(t, helms[0])
+		c.kubectl(t, "rollout", "status", "deployment/"+release+"-"+chart, "--timeout=180s")
+		c.test(t, helms[0])
+		c.uninstall(t, helms[0])
+	}
+	install()
+	c.exec(t, nil, "test", "-e", volume+"/oci-layout")
+	install() // and the claim that has stayed is taken again
 }
 
 // testNewNode fills a bucket by one mirror, takes its folder and the registry away, and pulls by another.
@@ -218,7 +249,7 @@ func (c *cluster) install(t *testing.T, helm, values string, args ...string) {
 	// Ready is the pod with its mirror; the container beside it has written when it has.
 	within(t, patience, func() error {
 		hosts, err := c.try(c.script, "exec", "cat", "/etc/containerd/certs.d/registry.test/hosts.toml")
-		if err == nil && !strings.Contains(string(hosts), mirrorAt) {
+		if err == nil && !strings.Contains(string(hosts), "Managed by breakwater") {
 			err = fmt.Errorf("hosts.toml says %s", hosts)
 		}
 		return err

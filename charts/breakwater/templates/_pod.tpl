@@ -1,7 +1,7 @@
 {{- define "breakwater.pod" -}}
 {{- $node := eq .Values.mode "node" -}}
 {{- $sidecar := and $node .Values.containerd.enabled -}}
-{{- $onHost := eq (include "breakwater.dataType" .) "hostPath" -}}
+{{- $given := has (include "breakwater.dataType" .) (list "hostPath" "emptyDir") -}}
 metadata:
   labels:
     {{- include "breakwater.selector" . | nindent 4 }}
@@ -41,9 +41,10 @@ spec:
     seLinuxOptions:
       {{- toYaml . | nindent 6 }}
     {{- end }}
-  {{- if or $onHost $sidecar }}
+  {{- if or $given $sidecar }}
   initContainers:
-    {{- if $onHost }}
+    {{- if $given }}
+    # The kubelet makes such a folder root's, or everybody's.
     - name: data
       image: {{ include "breakwater.image" . | quote }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
