@@ -2,7 +2,10 @@ package clients
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"os"
+	"syscall"
 	"time"
 )
 
@@ -12,7 +15,8 @@ import (
 const lookAgain = 30 * time.Second
 
 // Hold writes, and undoes that when ctx ends. Meanwhile it writes again what vanishes; what others put
-// there is theirs. It returns early only if it cannot write at first.
+// there is theirs. It returns early only if it cannot write at first, or if Dir is a mount of a folder that was
+// deleted: containerd reads another one by now, which a container gets when it is started again.
 func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 	done, err := c.Write()
 	report(logger, done)
@@ -30,6 +34,9 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 	for {
 		select {
 		case <-ticker.C:
+			if isDeleted(c.Dir) {
+				return fmt.Errorf("%s was deleted, and is only here still because it is mounted: start this again", c.Dir)
+			}
 			h.again(c)
 		case <-ctx.Done():
 			done, err := Undo(c.Dir)
@@ -64,6 +71,16 @@ func (h *holding) again(c Containerd) {
 		h.logger.Error("containerd's files cannot be looked after; tried again each 30 s", "err", err)
 	}
 	h.failed = failed
+}
+
+// isDeleted reports whether a folder has no name any more.
+func isDeleted(dir string) bool {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && stat.Nlink == 0
 }
 
 func report(logger *slog.Logger, done []Change) {

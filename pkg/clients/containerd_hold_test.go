@@ -3,6 +3,7 @@ package clients
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -123,4 +124,42 @@ func TestHoldRefuses(t *testing.T) {
 		t.Error("held")
 	}
 	d.same("after it", d.tree(), before)
+}
+
+// TestHoldOfADeletedMount: k3s has deleted the folder that a container has mounted; this process has it by a
+// descriptor.
+func TestHoldOfADeletedMount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newCertsD(t)
+		if err := os.Mkdir(d.dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		mount, err := os.Open(d.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer mount.Close()
+		c := d.containerd()
+		c.Dir = fmt.Sprintf("/proc/self/fd/%d", mount.Fd())
+		ended := make(chan error, 1)
+		go func() { ended <- c.Hold(t.Context(), slog.New(slog.DiscardHandler)) }()
+		time.Sleep(2 * lookAgain)
+		synctest.Wait()
+		if d.tree()["docker.io/hosts.toml"] == "" {
+			t.Fatalf("not held: %v", d.tree())
+		}
+		if err := os.RemoveAll(d.dir); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(lookAgain)
+		synctest.Wait()
+		select {
+		case err := <-ended:
+			if err == nil || !strings.Contains(err.Error(), "was deleted") {
+				t.Error(err)
+			}
+		default:
+			t.Error("still held")
+		}
+	})
 }
