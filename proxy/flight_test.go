@@ -355,6 +355,7 @@ func TestF66ClientHangsUp(t *testing.T) {
 		}
 		clients.Wait()
 		time.Sleep(2 * time.Minute)
+		synctest.Wait() // what is due then has files open for a moment
 		if after := open(); after > before {
 			r.Errorf("%d descriptors, %d before", after, before)
 		}
