@@ -3,14 +3,10 @@ package proxy
 import (
 	"context"
 	"errors"
-	"slices"
-	"strings"
 	"time"
 
-	"breakwater/pkg/oci"
 	"breakwater/proxy/upstream"
 
-	"github.com/opencontainers/go-digest"
 	ispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -116,71 +112,4 @@ func (c *completions) spend(n int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.spent += n
-}
-
-// referringTags are how signatures, attestations and SBOMs are named by those who know of no referrers
-// API: sha256-<hex>.sig is cosign's.
-var referringTags = [...]string{".sig", ".att", ".sbom"}
-
-// fetchReferring stores the answers to who refers to an image, or to an index that it was reached by, and
-// what they name. Only an outage is an error.
-func (c *completions) fetchReferring(ctx context.Context, p *completion) error {
-	subjects := []digest.Digest{p.ref.Digest}
-	for _, named := range c.rootsOf(p.ref) {
-		if !slices.Contains(subjects, named) {
-			subjects = append(subjects, named)
-		}
-	}
-	for _, subject := range subjects {
-		referring, err := c.referring(ctx, p.ref.Repository, subject)
-		if err != nil {
-			return err
-		}
-		for _, dgst := range referring {
-			manifest, err := c.manifest(ctx, oci.Reference{Repository: p.ref.Repository, Digest: dgst})
-			if err == nil {
-				c.m.expected.note(p.ref.Repository, manifest)
-				err = c.trickle(ctx, p, c.m.store.Missing(p.ref.Repository, manifest))
-			}
-			if err != nil && isOutage(err) {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// isOutage reports whether an error leaves open if the thing exists, or is our own.
-func isOutage(err error) bool {
-	up := new(upstream.Error)
-	return !errors.As(err, &up) || up.Outage()
-}
-
-// referring are the manifests that refer to one, by the API and by tags.
-func (c *completions) referring(ctx context.Context, repo oci.Repository, subject digest.Digest) ([]digest.Digest, error) {
-	t := target{kind: kindReferrers, ref: oci.Reference{Repository: repo, Digest: subject}}
-	answer, err := c.m.askList(t, referrersPath(subject), c.m.askReferrers).wait(ctx, 0)
-	if err != nil && isOutage(err) {
-		return nil, err
-	}
-	var referring []digest.Digest
-	if index, err := oci.ParseManifest("", answer.Body, digest.SHA256); err == nil {
-		for _, desc := range index.Manifests[:min(len(index.Manifests), maxReferring)] {
-			referring = append(referring, desc.Digest)
-		}
-	}
-	for _, suffix := range referringTags {
-		tag := oci.Reference{Repository: repo, Tag: strings.Replace(subject.String(), ":", "-", 1) + suffix}
-		if !oci.ValidTag(tag.Tag) {
-			continue // of a sha512
-		}
-		resolved, err := c.m.questionTag(tag).wait(ctx, 0)
-		switch {
-		case err == nil:
-			referring = append(referring, resolved.manifest.Digest)
-		case isOutage(err):
-			return nil, err
-		}
-	}
-	return referring, nil
 }

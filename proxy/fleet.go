@@ -7,9 +7,11 @@ import (
 	"io"
 	"io/fs"
 	"net/http/httptrace"
+	"slices"
 	"time"
 
 	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
 	"breakwater/storage"
 	"breakwater/storage/s3"
 )
@@ -92,16 +94,19 @@ func (b *sharedBody) Read(p []byte) (int, error) {
 // credential is for hosts that have one for the repository too.
 func (f *fleet) content(ctx context.Context, ref oci.Reference) (s3.Content, error) {
 	first := s3.PublicOnly
-	for _, client := range f.m.pool.Clients(ref.Registry) {
-		if !f.m.confirmation(client, ref.Repository).Public {
-			first = s3.PrivateFirst
-		}
+	if f.hasCredential(ref.Repository) {
+		first = s3.PrivateFirst
 	}
 	content, err := f.bucket.Content(ctx, ref.Repository, ref.Digest, first)
 	if err != nil {
 		return content, &sharedError{err}
 	}
 	return content, nil
+}
+
+// hasCredential reports whether this host has one for what a repository holds.
+func (f *fleet) hasCredential(repo oci.Repository) bool {
+	return slices.ContainsFunc(f.m.pool.Clients(repo.Registry), func(client *upstream.Client) bool { return !f.m.confirmation(client, repo).Public })
 }
 
 // confirmation is the word of the host that got the content.

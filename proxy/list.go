@@ -160,6 +160,7 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	ctx, cancel := context.WithTimeout(r.Context(), m.referrersBudget(t))
 	defer cancel()
 	path := referrersPath(t.ref.Digest)
+	m.fleet.hearReferring(ctx, t.ref)
 	answer, how, err := m.list(ctx, t, path, m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
 		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil || m.withheld(t, t.ref.Digest) {

@@ -51,11 +51,12 @@ type publisher struct {
 	waiting map[oci.Reference]*publication
 	queue   publications
 	known   map[oci.Reference]time.Time // what is in the bucket, and when it was last seen to be
+	asked   map[oci.Reference]bool      // manifests of which upstreams have said who refers to them
 }
 
 func newPublisher(f *fleet) *publisher {
 	return &publisher{fleet: f, wake: make(chan struct{}, publishers), uploads: make(slots, maxUploads),
-		waiting: map[oci.Reference]*publication{}, known: map[oci.Reference]time.Time{}}
+		waiting: map[oci.Reference]*publication{}, known: map[oci.Reference]time.Time{}, asked: map[oci.Reference]bool{}}
 }
 
 // start takes up what the last process has left, and publishes until the mirror closes.
@@ -126,7 +127,10 @@ func (p *publisher) note(ref oci.Reference) {
 // write publishes a tag or a manifest.
 func (p *publisher) write(ctx context.Context, ref oci.Reference) error {
 	if ref.Digest != "" {
-		return p.writeImage(ctx, ref)
+		if err := p.writeImage(ctx, ref); err != nil {
+			return err
+		}
+		return p.writeReferring(ctx, ref)
 	}
 	tag, err := p.m.store.Tag(ref.Repository, ref.Tag)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -1,7 +1,9 @@
 package s3
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -67,9 +69,9 @@ type collection struct {
 }
 
 // Collect removes blobs that no tag's record needs, and the records of content that is not needed,
-// if they are older than the grace: and leases and uploads that were left. A tag needs its manifest
-// and all that it lists; a manifest with a young record needs the same. Other hosts may go on
-// publishing. It ends, with an error and nothing deleted, if any record or manifest cannot be read.
+// if they are older than the grace: and leases and uploads that were left. A tag needs its manifest,
+// all that it lists, and what is known to refer to those; a manifest with a young record needs the same.
+// Other hosts may go on publishing. It ends, with an error and nothing deleted, if any record or manifest cannot be read.
 func (b *Bucket) Collect(ctx context.Context, opts CollectOptions) (Collected, error) {
 	if opts.Grace < minGrace {
 		return Collected{}, fmt.Errorf("collect: a grace of %s is less than %s", opts.Grace, minGrace)
@@ -101,6 +103,9 @@ func (c *collection) run(ctx context.Context) error {
 		return err
 	}
 	if err := c.mark(ctx, records); err != nil {
+		return err
+	}
+	if err := c.markReferring(ctx, records); err != nil {
 		return err
 	}
 	for _, folder := range []string{blobsFolder, leasesFolder} {
@@ -183,6 +188,52 @@ func (c *collection) mark(ctx context.Context, records []listed) error {
 		c.progress()
 	}
 	return c.walk(ctx, roots)
+}
+
+// markReferring finds what refers to what is needed, which is needed too, and what refers to that.
+func (c *collection) markReferring(ctx context.Context, records []listed) error {
+	records = slices.DeleteFunc(slices.Clone(records), func(l listed) bool { return l.kind != referringRecord })
+	for {
+		var some []listed
+		records = slices.DeleteFunc(records, func(l listed) bool {
+			take := c.needed[l.dgst] && len(some) < batch
+			if take {
+				some = append(some, l)
+			}
+			return take
+		})
+		if len(some) == 0 {
+			return nil
+		}
+		found := make([]referring, len(some))
+		if err := each(ctx, len(some), func(ctx context.Context, i int) error {
+			rec, err := c.read(ctx, some[i].name, "", &found[i])
+			if rec.wrong != nil { // as with tags: the keys may be the wrong ones
+				found[i] = referring{}
+				_, body, _ := bytes.Cut(rec.raw, []byte("\n"))
+				_ = json.Unmarshal(body, &found[i])
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+		var roots []digest.Digest
+		for _, r := range found {
+			index, err := oci.ParseManifest("", r.Index, digest.SHA256)
+			if err != nil {
+				continue // it names nothing
+			}
+			for _, desc := range index.Manifests {
+				if !c.needed[desc.Digest] {
+					c.needed[desc.Digest] = true
+					roots = append(roots, desc.Digest)
+				}
+			}
+		}
+		if err := c.walk(ctx, roots); err != nil {
+			return err
+		}
+	}
 }
 
 // root returns the manifest that a record needs, "" if it needs none.

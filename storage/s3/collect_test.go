@@ -352,6 +352,59 @@ func TestCollectAgainstPublishers(t *testing.T) {
 	}
 }
 
+// TestCollectReferring: what refers to an image that is needed stays, with what refers to that, and goes with it.
+func TestCollectReferring(t *testing.T) {
+	server := buckettest.Start(t)
+	b := open(t, server)
+	image := registrytest.NewImage(registrytest.Layer(1, 5000))
+	signature := registrytest.NewImage(registrytest.Layer(2, 500)).Referring(image, "application/signature")
+	timestamp := registrytest.NewImage(registrytest.Layer(3, 500)).Referring(signature, "application/timestamp")
+	for tag, image := range map[string]registrytest.Image{"v1": image, "a": signature, "b": timestamp} {
+		ref := tagged(tag)
+		if tag != "v1" {
+			ref.Tag = ""
+		}
+		if err := publish(t.Context(), b, ref, image); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var records []string
+	for subject, by := range map[digest.Digest]registrytest.Image{image.Digest(): signature, signature.Digest(): timestamp} {
+		index := registrytest.NewIndex(by)
+		if err := b.PutReferring(t.Context(), app, subject, Referring{Index: index.Raw, ValidatedAt: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		records = append(records, prefix+referringName(app, subject))
+	}
+	server.Put(prefix+versionName, []byte("1\n"))
+	collect := func() []string {
+		t.Helper()
+		for _, name := range server.Names("") {
+			server.Age(name, 3*minGrace)
+		}
+		if _, err := b.Collect(t.Context(), CollectOptions{Grace: 2 * minGrace, Delete: Delete}); err != nil {
+			t.Fatal(err)
+		}
+		return server.Names("")
+	}
+	tag := prefix + tagName(tagged("v1"))
+	want := sorted(names(image), names(signature), names(timestamp), records, []string{tag, prefix + versionName})
+	if diff := cmp.Diff(want, collect()); diff != "" {
+		t.Errorf("needed: %s", diff)
+	}
+	other := open(t, server, func(c *Config) { c.Keys = [][]byte{secondKey} }) // whose word is not taken for less
+	if _, err := other.Collect(t.Context(), CollectOptions{Grace: 2 * minGrace, Delete: Delete}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, server.Names("")); diff != "" {
+		t.Errorf("by a host with another key: %s", diff)
+	}
+	server.Remove(tag)
+	if diff := cmp.Diff([]string{prefix + versionName}, collect()); diff != "" {
+		t.Errorf("not needed any more: %s", diff)
+	}
+}
+
 func TestNamesAreParsed(t *testing.T) {
 	long := digest.SHA512.FromString("x")
 	hub := oci.Repository{Registry: "docker.io", Name: "library/alpine"}
@@ -361,6 +414,7 @@ func TestNamesAreParsed(t *testing.T) {
 		blobName(long):               {blobObject, long},
 		publicName(long):             {contentRecord, long},
 		privateName(hub, someDigest): {contentRecord, someDigest},
+		referringName(port, long):    {referringRecord, long},
 		tagName(oci.Reference{Repository: port, Tag: "v1"}): {kind: tagRecord},
 		leaseName("x"):                                         {kind: leaseObject},
 		versionName:                                            {kind: versionObject},

@@ -113,8 +113,13 @@ func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst diges
 	if c.Public {
 		name = publicName(dgst)
 	}
+	return b.contend(ctx, name, func() (bool, error) { return b.putContent(ctx, name, dgst, &c, from) })
+}
+
+// contend tries to write a record until it is there, or others have been sooner too often.
+func (b *Bucket) contend(ctx context.Context, name string, try func() (done bool, err error)) error {
 	for range writeRaces {
-		done, err := b.putContent(ctx, name, dgst, &c, from)
+		done, err := try()
 		if done || err != nil && !lost(err) {
 			return err
 		}

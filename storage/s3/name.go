@@ -18,6 +18,7 @@ import (
 //	records/_public/<hex>
 //	records/<registry>/<repository>/_blobs/<hex>
 //	records/<registry>/<repository>/_tags/<tag>
+//	records/<registry>/<repository>/_referrers/<hex>
 //	leases/<sha256 of the lease's name>
 //	VERSION
 const (
@@ -27,6 +28,7 @@ const (
 	publicFolder  = "_public"
 	privateFolder = "_blobs"
 	tagsFolder    = "_tags"
+	referrers     = "_referrers"
 	versionName   = "VERSION"
 )
 
@@ -46,6 +48,10 @@ func tagName(ref oci.Reference) string {
 	return recordsFolder + path.Join(ref.Registry, ref.Name, tagsFolder, ref.Tag)
 }
 
+func referringName(repo oci.Repository, subject digest.Digest) string {
+	return recordsFolder + path.Join(repo.Registry, repo.Name, referrers, subject.Encoded())
+}
+
 func leaseName(name string) string {
 	sum := sha256.Sum256([]byte(name))
 	return leasesFolder + hex.EncodeToString(sum[:])
@@ -54,7 +60,7 @@ func leaseName(name string) string {
 // object is what an object is by its name.
 type object struct {
 	kind kind
-	dgst digest.Digest // of blobs and of records of content
+	dgst digest.Digest // of blobs, of records of content, and of who is referred to
 }
 
 type kind int
@@ -64,6 +70,7 @@ const (
 	blobObject
 	contentRecord
 	tagRecord
+	referringRecord
 	leaseObject
 	versionObject
 )
@@ -93,6 +100,9 @@ func parseName(name string) object {
 		}
 		if what == privateFolder && digestOf(last) != "" {
 			return object{contentRecord, digestOf(last)}
+		}
+		if what == referrers && digestOf(last) != "" {
+			return object{referringRecord, digestOf(last)}
 		}
 		if what == tagsFolder && oci.ValidTag(last) {
 			return object{kind: tagRecord}

@@ -276,6 +276,57 @@ func TestContent(t *testing.T) {
 	}
 }
 
+// TestReferring: the latest word on what refers to a manifest is kept, and one that says less than nothing is not.
+func TestReferring(t *testing.T) {
+	server := buckettest.Start(t)
+	b := open(t, server)
+	if _, err := b.Referring(t.Context(), app, someDigest); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	now := time.Now().UTC()
+	older := Referring{Index: []byte(`{"manifests":[]}`), ValidatedAt: now.Add(-time.Hour), Upstream: "https://quay.io"}
+	newer := Referring{Index: []byte("{}"), Tags: []string{"sha256-1.sig"}, ValidatedAt: now, Upstream: "https://quay.io", Credential: "robot"}
+	for i, put := range []Referring{older, newer, older} {
+		if err := b.PutReferring(t.Context(), app, someDigest, put); err != nil {
+			t.Fatal(err)
+		}
+		want := []Referring{older, newer, newer}[i]
+		if got, err := b.Referring(t.Context(), app, someDigest); err != nil || !cmp.Equal(want, got, about) {
+			t.Errorf("%v %s", err, cmp.Diff(want, got, about))
+		}
+	}
+	other := app
+	other.Name = "org/other"
+	if _, err := b.Referring(t.Context(), other, someDigest); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("in another repository: %v", err)
+	}
+	for what, wrong := range map[string]Referring{
+		"no time":    {Index: []byte("{}")},
+		"no tag":     {Index: []byte("{}"), ValidatedAt: now, Tags: []string{"a/b"}},
+		"much":       {Index: make([]byte, MaxReferring+1), ValidatedAt: now},
+		"all of it,": {Index: make([]byte, MaxReferring), ValidatedAt: now.Add(time.Second), Tags: []string{strings.Repeat("a", 128)}},
+	} {
+		if err := b.PutReferring(t.Context(), app, someDigest, wrong); (err == nil) != (what == "all of it,") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if got, err := b.Referring(t.Context(), app, someDigest); err != nil || len(got.Index) != MaxReferring {
+		t.Errorf("the largest: %d bytes, %v", len(got.Index), err)
+	}
+	ahead := newer
+	ahead.ValidatedAt = now.Add(time.Hour)
+	if err := b.PutReferring(t.Context(), app, someDigest, ahead); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Referring(t.Context(), app, someDigest); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("of the future: %v", err)
+	}
+	reader := open(t, server, func(c *Config) { c.ReadOnly = true })
+	if err := reader.PutReferring(t.Context(), app, someDigest, newer); !errors.Is(err, ErrReadOnly) {
+		t.Error(err)
+	}
+}
+
 func TestHostsClockIsOff(t *testing.T) {
 	credentials(t)
 	for _, off := range []time.Duration{-10 * time.Minute, 10 * time.Minute, 2 * time.Minute, -20 * time.Minute} {

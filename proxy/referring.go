@@ -1,0 +1,241 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"time"
+
+	"breakwater/pkg/oci"
+	"breakwater/proxy/upstream"
+	"breakwater/storage"
+	"breakwater/storage/s3"
+
+	"github.com/opencontainers/go-digest"
+	ispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// referringTags are how signatures, attestations and SBOMs are named by those who know of no referrers
+// API: sha256-<hex>.sig is cosign's.
+var referringTags = [...]string{".sig", ".att", ".sbom"}
+
+// tagsReferring are the tags of what may refer to a manifest.
+func tagsReferring(subject oci.Reference) (tags []oci.Reference) {
+	for _, suffix := range referringTags {
+		tag := oci.Reference{Repository: subject.Repository, Tag: strings.Replace(subject.Digest.String(), ":", "-", 1) + suffix}
+		if oci.ValidTag(tag.Tag) { // a sha512 is too long
+			tags = append(tags, tag)
+		}
+	}
+	return tags
+}
+
+// fetchReferring stores the answers to who refers to an image, or to an index that it was reached by, and
+// what they name. Only an outage is an error.
+func (c *completions) fetchReferring(ctx context.Context, p *completion) error {
+	subjects := []digest.Digest{p.ref.Digest}
+	for _, named := range c.rootsOf(p.ref) {
+		if !slices.Contains(subjects, named) {
+			subjects = append(subjects, named)
+		}
+	}
+	for _, subject := range subjects {
+		if err := c.fetchReferringTo(ctx, p, oci.Reference{Repository: p.ref.Repository, Digest: subject}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fetchReferringTo stores what refers to one manifest, and has it told to the fleet if upstreams had to be asked.
+func (c *completions) fetchReferringTo(ctx context.Context, p *completion, subject oci.Reference) error {
+	index, tags, lease, told := c.m.fleet.referring(ctx, subject)
+	var err error
+	if !told {
+		index, tags, err = c.m.askReferring(ctx, subject)
+	}
+	if err == nil {
+		err = c.fetchNamed(ctx, p, index, tags)
+	}
+	if err == nil && !told && c.m.fleet != nil {
+		c.m.fleet.publish.referring(subject, lease)
+		return nil
+	}
+	c.m.fleet.release(lease)
+	return err
+}
+
+// askReferring asks the upstreams what refers to a manifest: by the API, and by tags, of which those are
+// returned that are there.
+func (m *Mirror) askReferring(ctx context.Context, subject oci.Reference) (index []byte, tags []oci.Reference, err error) {
+	t := target{kind: kindReferrers, ref: subject}
+	answer, err := m.askList(t, referrersPath(subject.Digest), m.askReferrers).wait(ctx, 0)
+	if err != nil && isOutage(err) {
+		return nil, nil, err
+	}
+	for _, tag := range tagsReferring(subject) {
+		_, err := m.questionTag(tag).wait(ctx, 0)
+		if err == nil {
+			tags = append(tags, tag)
+		} else if isOutage(err) {
+			return nil, nil, err
+		}
+	}
+	return answer.Body, tags, nil
+}
+
+// fetchNamed stores what an index and tags name.
+func (c *completions) fetchNamed(ctx context.Context, p *completion, index []byte, tags []oci.Reference) error {
+	var named []digest.Digest
+	if index, err := oci.ParseManifest("", index, digest.SHA256); err == nil {
+		for _, desc := range index.Manifests[:min(len(index.Manifests), maxReferring)] {
+			named = append(named, desc.Digest)
+		}
+	}
+	for _, tag := range tags {
+		if manifest, _ := c.m.storedTag(tag); manifest.Digest != "" {
+			named = append(named, manifest.Digest)
+		}
+	}
+	for _, dgst := range named {
+		manifest, err := c.manifest(ctx, oci.Reference{Repository: p.ref.Repository, Digest: dgst})
+		if err == nil {
+			c.m.expected.note(p.ref.Repository, manifest)
+			err = c.trickle(ctx, p, c.m.store.Missing(p.ref.Repository, manifest))
+		}
+		if err != nil && isOutage(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// referring is what another host of the fleet has found lately to refer to a manifest. If none has, this host
+// gets a lease to find out for all, unless another one has that.
+func (f *fleet) referring(ctx context.Context, subject oci.Reference) (index []byte, tags []oci.Reference, lease *s3.Lease, told bool) {
+	if f == nil {
+		return nil, nil, nil, false
+	}
+	var said s3.Referring
+	come := func() bool {
+		var err error
+		said, err = f.adoptReferring(ctx, subject)
+		return err == nil && time.Since(said.ValidatedAt) < refreshTime
+	}
+	if !come() {
+		var came bool
+		if lease, came = f.lead(ctx, referrersLease+subject.String(), time.Now(), come); !came {
+			return nil, nil, lease, false
+		}
+	}
+	for _, tag := range tagsReferring(subject) {
+		if !slices.Contains(said.Tags, tag.Tag) {
+			continue
+		}
+		if _, err := f.ask(tag).wait(ctx, 0); err != nil { // who has found it has not published it yet
+			_, _ = f.m.questionTag(tag).wait(ctx, 0)
+		}
+		tags = append(tags, tag)
+	}
+	return said.Index, tags, nil, true
+}
+
+// referrersLease begins the name of a lease to ask who refers to a manifest.
+const referrersLease = "referrers "
+
+// adoptReferring returns the fleet's word on what refers to a manifest, and stores it, unless a later one is
+// stored.
+func (f *fleet) adoptReferring(ctx context.Context, subject oci.Reference) (s3.Referring, error) {
+	said, err := f.bucket.Referring(ctx, subject.Repository, subject.Digest)
+	if err != nil {
+		return said, err
+	}
+	if said.Credential != "" && !f.hasCredential(subject.Repository) {
+		return s3.Referring{}, fs.ErrNotExist
+	}
+	path := referrersPath(subject.Digest)
+	if stored, err := f.m.store.Answer(subject.Repository, path); err == nil && !said.ValidatedAt.After(stored.ValidatedAt) {
+		return said, nil
+	}
+	err = f.m.store.PutAnswer(subject.Repository, path, storage.Answer{Body: said.Index, MediaType: ispec.MediaTypeImageIndex,
+		ValidatedAt: said.ValidatedAt, Upstream: said.Upstream, Credential: said.Credential})
+	if err != nil {
+		f.m.logNotStored("list not stored", err, "repository", subject.Repository, "reference", path)
+	}
+	return said, nil
+}
+
+// hearReferring has the fleet's word stored where nothing is, for whoever asks in an outage.
+func (f *fleet) hearReferring(ctx context.Context, subject oci.Reference) {
+	if f == nil {
+		return
+	}
+	if _, err := f.m.store.Answer(subject.Repository, referrersPath(subject.Digest)); err == nil {
+		return
+	}
+	_, _ = f.words.join(f.m.asking, referrersLease+subject.String(), func(ctx context.Context) (struct{}, error) {
+		_, err := f.adoptReferring(ctx, subject)
+		return struct{}{}, err
+	}).wait(ctx, 0)
+}
+
+// referring has it published what upstreams have just said of who refers to a manifest, with that. The lease, if
+// there is one, is released then.
+func (p *publisher) referring(subject oci.Reference, lease *s3.Lease) {
+	if p.m.cfg.Load().Shared.ReadOnly {
+		p.release(lease)
+		return
+	}
+	p.mu.Lock()
+	remember(p.asked, subject, true)
+	p.mu.Unlock()
+	p.add(subject, lease)
+}
+
+// writeReferring publishes what refers to a manifest that the bucket has, if upstreams have been asked for all of
+// that, and who it is. Unlike a tag it does not outlive the process: the next one asks again within a day.
+func (p *publisher) writeReferring(ctx context.Context, subject oci.Reference) error {
+	p.mu.Lock()
+	asked := p.asked[subject]
+	p.mu.Unlock()
+	answer, err := p.m.store.Answer(subject.Repository, referrersPath(subject.Digest))
+	if !asked || err != nil || len(answer.Body) > s3.MaxReferring {
+		return nil
+	}
+	index, err := oci.ParseManifest("", answer.Body, digest.SHA256)
+	if err != nil {
+		return nil // not upstream's word
+	}
+	for _, desc := range index.Manifests[:min(len(index.Manifests), maxReferring)] {
+		err := p.writeImage(ctx, oci.Reference{Repository: subject.Repository, Digest: desc.Digest})
+		if err != nil && !errors.Is(err, errIncomplete) { // which upstream does not have either
+			return err
+		}
+	}
+	said := s3.Referring{Index: answer.Body, ValidatedAt: answer.ValidatedAt, Upstream: answer.Upstream, Credential: answer.Credential}
+	for _, tag := range tagsReferring(subject) {
+		if _, err := p.m.store.Tag(tag.Repository, tag.Tag); err != nil {
+			continue
+		}
+		if err := p.write(ctx, tag); err != nil && !errors.Is(err, errIncomplete) && !errors.Is(err, errContested) {
+			return err
+		}
+		said.Tags = append(said.Tags, tag.Tag)
+	}
+	if err := p.bucket.PutReferring(ctx, subject.Repository, subject.Digest, said); err != nil {
+		return fmt.Errorf("what refers to %s: %w", subject, err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.asked, subject)
+	return nil
+}
+
+// isOutage reports whether an error leaves open if the thing exists, or is our own.
+func isOutage(err error) bool {
+	up := new(upstream.Error)
+	return !errors.As(err, &up) || up.Outage()
+}
