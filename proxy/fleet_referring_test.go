@@ -138,7 +138,9 @@ func TestSharedReferringTogether(t *testing.T) {
 	}
 	pulls.Wait()
 	for _, r := range all {
-		h.eventually("it is complete", func() bool { return r.store.Complete(r.repository("org/app"), s.cosign.Digest()) && r.mirror.completions.count() == 0 })
+		h.eventually("it is complete", func() bool {
+			return r.store.Complete(r.repository("org/app"), s.cosign.Digest()) && r.mirror.completions.count() == 0
+		})
 	}
 	if n := h.quay.Count(asksForReferring); n > 5 { // the API, three tags, and what one of them names
 		t.Errorf("asked %d times", n)

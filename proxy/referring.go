@@ -52,9 +52,14 @@ func (c *completions) fetchReferring(ctx context.Context, p *completion) error {
 
 // fetchReferringTo stores what refers to one manifest, and has it told to the fleet if upstreams had to be asked.
 func (c *completions) fetchReferringTo(ctx context.Context, p *completion, subject oci.Reference) error {
-	index, tags, lease, told := c.m.fleet.referring(ctx, subject)
-	var err error
-	if !told {
+	c.mu.Lock()
+	p.fetched = true // so that it is tried again if this fails
+	c.mu.Unlock()
+	said, lease, told := c.m.fleet.referring(ctx, subject)
+	index, tags, err := said.Index, []oci.Reference(nil), error(nil)
+	if told {
+		tags, err = c.m.fleet.adoptTags(ctx, subject, said.Tags)
+	} else {
 		index, tags, err = c.m.askReferring(ctx, subject)
 	}
 	if err == nil {
@@ -115,32 +120,39 @@ func (c *completions) fetchNamed(ctx context.Context, p *completion, index []byt
 
 // referring is what another host of the fleet has found lately to refer to a manifest. If none has, this host
 // gets a lease to find out for all, unless another one has that.
-func (f *fleet) referring(ctx context.Context, subject oci.Reference) (index []byte, tags []oci.Reference, lease *s3.Lease, told bool) {
+func (f *fleet) referring(ctx context.Context, subject oci.Reference) (said s3.Referring, lease *s3.Lease, told bool) {
 	if f == nil {
-		return nil, nil, nil, false
+		return said, nil, false
 	}
-	var said s3.Referring
 	come := func() bool {
 		var err error
 		said, err = f.adoptReferring(ctx, subject)
 		return err == nil && time.Since(said.ValidatedAt) < refreshTime
 	}
-	if !come() {
-		var came bool
-		if lease, came = f.lead(ctx, referrersLease+subject.String(), time.Now(), come); !came {
-			return nil, nil, lease, false
-		}
+	if come() {
+		return said, nil, true
 	}
+	lease, told = f.lead(ctx, referrersLease+subject.String(), time.Now(), come)
+	return said, lease, told
+}
+
+// adoptTags has what the tags name that the fleet says refer to a manifest. Only an outage is an error.
+func (f *fleet) adoptTags(ctx context.Context, subject oci.Reference, said []string) (tags []oci.Reference, err error) {
 	for _, tag := range tagsReferring(subject) {
-		if !slices.Contains(said.Tags, tag.Tag) {
+		if !slices.Contains(said, tag.Tag) {
 			continue
 		}
-		if _, err := f.ask(tag).wait(ctx, 0); err != nil { // who has found it has not published it yet
-			_, _ = f.m.questionTag(tag).wait(ctx, 0)
+		_, err := f.ask(tag).wait(ctx, 0)
+		if err != nil {
+			_, err = f.m.questionTag(tag).wait(ctx, 0)
 		}
-		tags = append(tags, tag)
+		if err == nil {
+			tags = append(tags, tag)
+		} else if isOutage(err) {
+			return nil, err
+		}
 	}
-	return said.Index, tags, nil, true
+	return tags, nil
 }
 
 // referrersLease begins the name of a lease to ask who refers to a manifest.
@@ -168,7 +180,8 @@ func (f *fleet) adoptReferring(ctx context.Context, subject oci.Reference) (s3.R
 	return said, nil
 }
 
-// hearReferring has the fleet's word stored where nothing is, for whoever asks in an outage.
+// hearReferring has the fleet's word stored where nothing is, for whoever asks in an outage. A slow bucket costs
+// referrersPatience.
 func (f *fleet) hearReferring(ctx context.Context, subject oci.Reference) {
 	if f == nil {
 		return
@@ -176,6 +189,8 @@ func (f *fleet) hearReferring(ctx context.Context, subject oci.Reference) {
 	if _, err := f.m.store.Answer(subject.Repository, referrersPath(subject.Digest)); err == nil {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, referrersPatience)
+	defer cancel()
 	_, _ = f.words.join(f.m.asking, referrersLease+subject.String(), func(ctx context.Context) (struct{}, error) {
 		_, err := f.adoptReferring(ctx, subject)
 		return struct{}{}, err
@@ -191,7 +206,12 @@ func (p *publisher) referring(subject oci.Reference, lease *s3.Lease) {
 	}
 	p.mu.Lock()
 	remember(p.asked, subject, true)
+	behind := len(p.queue) > publishers
 	p.mu.Unlock()
+	if behind { // nobody waits so long
+		p.release(lease)
+		lease = nil
+	}
 	p.add(subject, lease)
 }
 
@@ -201,13 +221,17 @@ func (p *publisher) writeReferring(ctx context.Context, subject oci.Reference) e
 	p.mu.Lock()
 	asked := p.asked[subject]
 	p.mu.Unlock()
-	answer, err := p.m.store.Answer(subject.Repository, referrersPath(subject.Digest))
-	if !asked || err != nil || len(answer.Body) > s3.MaxReferring {
+	if !asked {
 		return nil
 	}
-	index, err := oci.ParseManifest("", answer.Body, digest.SHA256)
-	if err != nil {
-		return nil // not upstream's word
+	answer, err := p.m.store.Answer(subject.Repository, referrersPath(subject.Digest))
+	var index oci.Manifest
+	if err == nil {
+		index, err = oci.ParseManifest("", answer.Body, digest.SHA256)
+	}
+	if err != nil || len(answer.Body) > s3.MaxReferring {
+		p.published(subject) // there is nothing to tell
+		return nil
 	}
 	for _, desc := range index.Manifests[:min(len(index.Manifests), maxReferring)] {
 		err := p.writeImage(ctx, oci.Reference{Repository: subject.Repository, Digest: desc.Digest})
@@ -220,18 +244,23 @@ func (p *publisher) writeReferring(ctx context.Context, subject oci.Reference) e
 		if _, err := p.m.store.Tag(tag.Repository, tag.Tag); err != nil {
 			continue
 		}
-		if err := p.write(ctx, tag); err != nil && !errors.Is(err, errIncomplete) && !errors.Is(err, errContested) {
-			return err
+		if err := p.write(ctx, tag); err != nil {
+			return err // a record without it would say that it does not exist
 		}
 		said.Tags = append(said.Tags, tag.Tag)
 	}
 	if err := p.bucket.PutReferring(ctx, subject.Repository, subject.Digest, said); err != nil {
 		return fmt.Errorf("what refers to %s: %w", subject, err)
 	}
+	p.published(subject)
+	return nil
+}
+
+// published is for what needs not be told any more.
+func (p *publisher) published(subject oci.Reference) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.asked, subject)
-	return nil
 }
 
 // isOutage reports whether an error leaves open if the thing exists, or is our own.

@@ -5,6 +5,7 @@ package main_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -70,6 +71,17 @@ func TestF45KilledWhilePublishing(t *testing.T) {
 		healed()
 		c.check()
 	}
+	m := startMirror(t, program, config, data)
+	signed := registrytest.NewImage(registrytest.Layer(1, 20<<10))
+	c.reg.Push("org/app", "signed", signed)
+	c.reg.Push("org/app", "", registrytest.NewImage(registrytest.Layer(2, 1<<10)).Referring(signed, "application/signature"))
+	m.stores("signed", signed)
+	within(t, 2*patience, func() error {
+		if c.check(); c.referring == 0 {
+			return errors.New("no record says what refers to an image")
+		}
+		return nil
+	})
 	t.Logf("F45: %d rounds, %d images whole, %d of them not published when the mirror was killed", rounds, total, left)
 	if left == 0 {
 		t.Error("all was published by then, so nothing was tested")
@@ -79,8 +91,9 @@ func TestF45KilledWhilePublishing(t *testing.T) {
 // publishing is a mirror's upstream, and the bucket that it writes to.
 type publishing struct {
 	*testing.T
-	bucket *buckettest.Bucket
-	reg    *registrytest.Registry
+	bucket    *buckettest.Bucket
+	reg       *registrytest.Registry
+	referring int // how many manifests were found that refer to another
 }
 
 // pullUntilKilled pulls new images by many clients, kills the mirror at some moment, and returns what it
@@ -144,6 +157,8 @@ func (m *crashing) stores(tag string, image registrytest.Image) bool {
 // It returns what the tags name.
 func (c *publishing) check() map[string]digest.Digest {
 	c.Helper()
+	referring := 0
+	defer func() { c.referring = max(c.referring, referring) }()
 	tags, reached := map[string]digest.Digest{}, map[digest.Digest]bool{}
 	for _, name := range c.bucket.Names(sharedPrefix + "records/") { // before the blobs: more may come meanwhile
 		_, body, _ := bytes.Cut(c.bucket.Get(name), []byte("\n"))
@@ -151,6 +166,7 @@ func (c *publishing) check() map[string]digest.Digest {
 			Digest    digest.Digest
 			MediaType string `json:"media_type"`
 			Size      int64
+			Index     []byte // of who refers to it
 		}
 		if err := json.Unmarshal(body, &record); err != nil {
 			c.Fatalf("%s: %v", name, err)
@@ -166,6 +182,16 @@ func (c *publishing) check() map[string]digest.Digest {
 			}
 			if record.MediaType != "" {
 				c.image(dgst, name, reached)
+			}
+		case "_referrers":
+			index, err := oci.ParseManifest("", record.Index, digest.SHA256)
+			if err != nil {
+				c.Fatalf("%s: %v", name, err)
+			}
+			c.image(digest.NewDigestFromEncoded(digest.SHA256, last), name, reached)
+			for _, desc := range index.Manifests {
+				c.image(desc.Digest, name, reached)
+				referring++
 			}
 		default:
 			c.Fatalf("%s: a record of what nobody has pulled", name)

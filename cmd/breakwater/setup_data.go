@@ -17,7 +17,7 @@ func setupDataCommand() *cobra.Command {
 		Short: "Make the data folder for a mirror that runs as another user",
 		Long: `Make the data folder, if there is none, and hand it to the user and group that the mirror will run as, with
 mode 0700. Run it as root; of root's capabilities it needs CAP_CHOWN, and none at all where nothing is to be
-done. A folder that is that user's already is left as it is.
+done. A folder that is that user's already is left as it is, with all that is in it.
 
 A store that is another user's is refused, unless --recursive hands over all that is in it. No symbolic link is
 followed, and what is in there and belongs to neither user makes it fail before anything is changed. No mirror

@@ -86,7 +86,10 @@ func (c Containerd) Write() ([]Change, error) {
 
 // Undo restores what was there before Write, in dir. What somebody has changed since is left alone.
 func Undo(dir string) ([]Change, error) {
-	done, err := locked(dir, func(root *os.Root) ([]Change, error) {
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return locked(dir, func(root *os.Root) ([]Change, error) {
 		names, err := folders(root)
 		if err != nil {
 			return nil, err
@@ -104,10 +107,6 @@ func Undo(dir string) ([]Change, error) {
 		}
 		return carryOut(root, todo)
 	})
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return done, err
 }
 
 // locked runs f while no other process does so in dir.
@@ -143,19 +142,24 @@ func changes(todo []task) []Change {
 	return all
 }
 
-// carryOut returns what is done, also if something fails on the way.
+// carryOut goes on past what fails, and returns what is done.
 func carryOut(root *os.Root, todo []task) ([]Change, error) {
 	if err := sweep(root); err != nil {
 		return nil, err
 	}
-	done := make([]Change, 0, len(todo))
+	done, failed := make([]Change, 0, len(todo)), []error(nil)
 	for _, t := range todo {
-		if err := t.folder.carryOut(t.Act, t.file); err != nil {
-			return done, fmt.Errorf("%s %s: %w", t.Act, t.Path, err)
+		err := t.folder.carryOut(t.Act, t.file)
+		if errors.Is(err, fs.ErrNotExist) && (t.Act == Remove || t.Act == Restore) {
+			err = nil // somebody was sooner
+		}
+		if err != nil {
+			failed = append(failed, fmt.Errorf("%s %s: %w", t.Act, t.Path, err))
+			continue
 		}
 		done = append(done, t.Change)
 	}
-	return done, nil
+	return done, errors.Join(failed...)
 }
 
 // todo is what is to be done with each registry's file, and with those of ours for others. root is nil

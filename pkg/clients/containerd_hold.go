@@ -2,6 +2,7 @@ package clients
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -21,7 +22,8 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 	done, err := c.Write()
 	report(logger, done)
 	if err != nil {
-		return err
+		_, undone := Undo(c.Dir)
+		return errors.Join(err, undone)
 	}
 	logger.Info("containerd is pointed at the mirror", "mirror", c.Mirror, "files", len(done))
 	h := holding{logger: logger, left: map[string]bool{}}
@@ -41,7 +43,9 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 		case <-ctx.Done():
 			done, err := Undo(c.Dir)
 			report(logger, done)
-			logger.Info("containerd is as it was before")
+			if err == nil {
+				logger.Info("containerd is as it was before")
+			}
 			return err
 		}
 	}

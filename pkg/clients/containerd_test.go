@@ -1,6 +1,7 @@
 package clients
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -451,5 +452,49 @@ func TestUnwantedNames(t *testing.T) {
 				t.Error("something is written")
 			}
 		})
+	}
+}
+
+// TestUndoGoesOn: a file that somebody removes at the same moment, and one that cannot be restored, keep nobody from
+// having the others back; only the latter is an error.
+func TestUndoGoesOn(t *testing.T) {
+	d := newCertsD(t)
+	c := d.containerd()
+	c.Registries = map[string]string{}
+	for _, name := range []string{"a.test", "b.test", "c.test", "d.test"} {
+		d.put(name+"/hosts.toml", "mine", 0o644)
+		c.Registries[name] = "https://" + name
+	}
+	c.Existing = ExistingReplace
+	if _, err := c.Write(); err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(d.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	var todo []task
+	for _, name := range []string{"a.test", "b.test", "c.test", "d.test"} {
+		f, err := look(root, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		todo = append(todo, task{Change{Path: name, Act: Restore}, f, file{}})
+	}
+	if err := os.RemoveAll(filepath.Join(d.dir, "a.test")); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(d.dir, "c.test/hosts.toml")), os.Mkdir(filepath.Join(d.dir, "c.test/hosts.toml"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	done, err := carryOut(root, todo)
+	if err == nil || !strings.Contains(err.Error(), "c.test") || strings.Contains(err.Error(), "a.test") || len(done) != 3 {
+		t.Errorf("%v, %+v", err, done)
+	}
+	for _, name := range []string{"b.test", "d.test"} {
+		if text, err := os.ReadFile(filepath.Join(d.dir, name, "hosts.toml")); string(text) != "mine" {
+			t.Errorf("%s: %q, %v", name, text, err)
+		}
 	}
 }

@@ -424,7 +424,7 @@ func checkSecret(file string) error {
 	return nil
 }
 
-// isLent reports whether a file is root's, who lets a group of ours read it, and nobody else: so a kubelet
+// isLent reports whether a file is root's, who lets the members of a group of ours read it: so a kubelet
 // mounts a Secret for a pod's fsGroup, whose files it can make nobody's own.
 func isLent(info fs.FileInfo) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)

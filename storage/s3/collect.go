@@ -56,7 +56,7 @@ type Collected struct {
 	Bytes, RemovedBytes int64 // of them
 	Uploads             int   // multipart uploads that nobody goes on with; aborted with [Delete]
 	Unknown             int   // objects that this package has not stored; they stay
-	Unsigned            int   // tag records that the keys do not verify: what they name stays too
+	Unsigned            int   // records that the keys do not verify, of tags and of who refers to what: what they name stays too
 }
 
 // collection is one run.
@@ -205,10 +205,10 @@ func (c *collection) markReferring(ctx context.Context, records []listed) error 
 		if len(some) == 0 {
 			return nil
 		}
-		found := make([]referring, len(some))
+		found, unsigned := make([]referring, len(some)), make([]bool, len(some))
 		if err := each(ctx, len(some), func(ctx context.Context, i int) error {
 			rec, err := c.read(ctx, some[i].name, "", &found[i])
-			if rec.wrong != nil { // as with tags: the keys may be the wrong ones
+			if unsigned[i] = rec.wrong != nil; unsigned[i] { // as with tags: the keys may be the wrong ones
 				found[i] = referring{}
 				_, body, _ := bytes.Cut(rec.raw, []byte("\n"))
 				_ = json.Unmarshal(body, &found[i])
@@ -218,7 +218,10 @@ func (c *collection) markReferring(ctx context.Context, records []listed) error 
 			return err
 		}
 		var roots []digest.Digest
-		for _, r := range found {
+		for i, r := range found {
+			if unsigned[i] {
+				c.found.Unsigned++
+			}
 			index, err := oci.ParseManifest("", r.Index, digest.SHA256)
 			if err != nil {
 				continue // it names nothing

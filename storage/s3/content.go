@@ -41,8 +41,8 @@ type content struct {
 	ConfirmedAt time.Time `json:"confirmed_at"`
 	Upstream    string    `json:"upstream,omitempty"`
 	Credential  string    `json:"credential,omitempty"`
-	PartSize    int64     `json:"part_size,omitempty"` // of Parts; another one than ours is no use
-	Parts       [][]byte  `json:"parts,omitempty"`     // their tags
+	PartSize    int64     `json:"part_size,omitempty"` // another one than ours is no use
+	Parts       [][]byte  `json:"part_tags,omitempty"`
 }
 
 func (c *content) check() error {

@@ -22,14 +22,14 @@ import (
 //	leases/<sha256 of the lease's name>
 //	VERSION
 const (
-	blobsFolder   = "blobs/"
-	recordsFolder = "records/"
-	leasesFolder  = "leases/"
-	publicFolder  = "_public"
-	privateFolder = "_blobs"
-	tagsFolder    = "_tags"
-	referrers     = "_referrers"
-	versionName   = "VERSION"
+	blobsFolder     = "blobs/"
+	recordsFolder   = "records/"
+	leasesFolder    = "leases/"
+	publicFolder    = "_public"
+	privateFolder   = "_blobs"
+	tagsFolder      = "_tags"
+	referrersFolder = "_referrers"
+	versionName     = "VERSION"
 )
 
 func blobName(dgst digest.Digest) string {
@@ -49,7 +49,7 @@ func tagName(ref oci.Reference) string {
 }
 
 func referringName(repo oci.Repository, subject digest.Digest) string {
-	return recordsFolder + path.Join(repo.Registry, repo.Name, referrers, subject.Encoded())
+	return recordsFolder + path.Join(repo.Registry, repo.Name, referrersFolder, subject.Encoded())
 }
 
 func leaseName(name string) string {
@@ -101,7 +101,7 @@ func parseName(name string) object {
 		if what == privateFolder && digestOf(last) != "" {
 			return object{contentRecord, digestOf(last)}
 		}
-		if what == referrers && digestOf(last) != "" {
+		if what == referrersFolder && digestOf(last) != "" {
 			return object{referringRecord, digestOf(last)}
 		}
 		if what == tagsFolder && oci.ValidTag(last) {

@@ -39,9 +39,10 @@ type parts struct {
 	tags [][]byte
 }
 
-// partsKey is for one blob, which has one content: so no nonce, the number of a part, is ever used for two.
+// partsKey is for one blob, which has one content, in parts of one size: so no nonce, the number of a part, is ever
+// used for two.
 func (k signingKey) partsKey(dgst digest.Digest) (cipher.AEAD, error) {
-	key, err := hkdf.Key(sha256.New, k.secret, nil, "breakwater-parts 1\n"+string(dgst), 32)
+	key, err := hkdf.Key(sha256.New, k.secret, nil, fmt.Sprintf("breakwater-parts 1\n%d\n%s", PartSize, dgst), 32)
 	if err != nil {
 		return nil, err
 	}

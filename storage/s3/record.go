@@ -21,7 +21,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// maxRecord bounds what is read of a record. They have some hundred bytes.
+// maxRecord bounds what is read of a record. Most have some hundred bytes; who refers to a manifest, and the parts of
+// a large blob, are the most that one tells.
 const maxRecord = 128 << 10
 
 // recordMark begins the first line of a record, which goes on with the key's id and the signature in

@@ -43,6 +43,9 @@ what is in `config`, by the mirror itself. */}}
 {{- if and (or .Values.podMonitor.enabled .Values.serviceMonitor.enabled) (include "breakwater.onLoopback" $admin) -}}
 {{- fail (printf "config.admin: Prometheus does not reach %s; write 0.0.0.0:5001, where everybody who reaches the node may read metrics and change nothing, or take the monitor away" $admin) -}}
 {{- end -}}
+{{- if and .Values.serviceMonitor.enabled (ne .Values.service.type "ClusterIP") -}}
+{{- fail (printf "serviceMonitor.enabled: would open the metrics' port wherever a Service of type %s is reached; write podMonitor" .Values.service.type) -}}
+{{- end -}}
 {{- if and .Values.serviceMonitor.enabled $node -}}
 {{- fail "serviceMonitor.enabled: a mirror on each node has no Service to be scraped by; write podMonitor" -}}
 {{- end -}}
