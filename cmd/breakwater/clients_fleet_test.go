@@ -194,11 +194,16 @@ func (m *member) pullReference(t *testing.T, repository, reference string, image
 func (m *member) idle(t *testing.T) {
 	t.Helper()
 	within(t, 30*time.Second, func() error {
-		waiting, err := m.metric("breakwater_shared_unpublished")
-		if err == nil && waiting != "0" {
-			err = fmt.Errorf("%s tags and manifests are not published", waiting)
+		for _, name := range []string{"breakwater_completion_images", "breakwater_shared_unpublished"} { // the former has the latter grow
+			waiting, err := m.metric(name)
+			if err == nil && waiting != "0" {
+				err = fmt.Errorf("%s is %s", name, waiting)
+			}
+			if err != nil {
+				return err
+			}
 		}
-		return err
+		return nil
 	})
 }
 

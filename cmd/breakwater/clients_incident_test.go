@@ -197,6 +197,7 @@ func TestF44IncidentFastClock(t *testing.T) {
 	a.pull(t, supervisor, first).fresh(t)
 	f.published(t, supervisor, first)
 	published.end = time.Now()
+	a.idle(t) // what refers to it is published too
 	records := f.records(t)
 
 	for _, m := range []*member{a, b, fast} {
