@@ -202,6 +202,10 @@ func TestSharedOldImageIsNotLast(t *testing.T) {
 	a, b := h.host(shared), h.host(shared)
 	h.pulls(a, "latest", first)
 	h.pulls(b, "latest", first)
+	h.eventually("b knows that the first is published", func() bool { // else its word is as good as the fleet's, for two seconds
+		tag, err := b.store.Tag(b.repository("org/app"), "latest")
+		return err == nil && tag.Published.Digest == first.Digest()
+	})
 	second := h.push("latest", 522, 200<<10)
 	h.pulls(a, "latest", second)
 	h.published(a, "latest", second.Digest())
