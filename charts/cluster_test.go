@@ -4,7 +4,6 @@ package charts_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -304,7 +303,7 @@ func (c *cluster) hasServed(t *testing.T, registry string) {
 	}
 }
 
-// within waits until check passes. Only for what processes outside this one do.
+// within waits until check passes, in real time: only for what processes outside this one do, which tell nobody.
 func within(t *testing.T, limit time.Duration, check func() error) {
 	t.Helper()
 	err := errors.New("not tried")
@@ -318,13 +317,7 @@ func within(t *testing.T, limit time.Duration, check func() error) {
 
 // ask is what the test's second self does on the node's network.
 func ask(url string) (*http.Response, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	_ = cancel // the process ends first
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := (&http.Client{Timeout: patience}).Get(url)
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("GET %s: %s", url, resp.Status)
 	}

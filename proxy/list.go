@@ -81,6 +81,10 @@ type asker func(ctx context.Context, client *upstream.Client, t target, path str
 // list is a list by the same contract as a tag.
 func (m *Mirror) list(ctx context.Context, t target, path string, ask asker) (storage.Answer, provenance, error) {
 	stored, err := m.storedAnswer(t, path)
+	if err != nil && t.kind == kindReferrers && m.fleet != nil {
+		m.fleet.hearReferring(ctx, t.ref)
+		stored, err = m.storedAnswer(t, path)
+	}
 	if err == nil && m.fresh(t.ref, stored.ValidatedAt) {
 		return stored, provenance{cache: cacheHit}, nil
 	}
@@ -160,7 +164,6 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 	ctx, cancel := context.WithTimeout(r.Context(), m.referrersBudget(t))
 	defer cancel()
 	path := referrersPath(t.ref.Digest)
-	m.fleet.hearReferring(ctx, t.ref)
 	answer, how, err := m.list(ctx, t, path, m.askReferrers)
 	if err != nil && !errors.Is(err, errClientGone) {
 		if _, absent := m.store.Manifest(t.ref.Repository, t.ref.Digest); absent != nil || m.withheld(t, t.ref.Digest) {

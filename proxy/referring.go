@@ -180,15 +180,9 @@ func (f *fleet) adoptReferring(ctx context.Context, subject oci.Reference) (s3.R
 	return said, nil
 }
 
-// hearReferring has the fleet's word stored where nothing is, for whoever asks in an outage. A slow bucket costs
+// hearReferring has the fleet's word stored, for whoever asks in an outage where nothing is. A slow bucket costs
 // referrersPatience.
 func (f *fleet) hearReferring(ctx context.Context, subject oci.Reference) {
-	if f == nil {
-		return
-	}
-	if _, err := f.m.store.Answer(subject.Repository, referrersPath(subject.Digest)); err == nil {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, referrersPatience)
 	defer cancel()
 	_, _ = f.words.join(f.m.asking, referrersLease+subject.String(), func(ctx context.Context) (struct{}, error) {

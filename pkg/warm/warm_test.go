@@ -66,15 +66,7 @@ func TestPull(t *testing.T) {
 			reg := registrytest.New(registrytest.Config{})
 			reg.Push("quay.test/org/app", "v1", image)
 			row.fault(reg)
-			mirror, err := warm.New(reg.Start(t).URL, []string{"linux/amd64"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer mirror.Close()
-			ref, err := oci.ParseImage("quay.test/org/app:v1")
-			if err != nil {
-				t.Fatal(err)
-			}
+			mirror, ref := open(t, reg, []string{"linux/amd64"})
 			var read, all int64
 			got, err := mirror.Pull(t.Context(), ref, func(r, a int64) {
 				if r < read {
@@ -105,19 +97,26 @@ func TestPull(t *testing.T) {
 	}
 }
 
-// TestOneTry: what the mirror refuses it has tried itself.
-func TestOneTry(t *testing.T) {
-	reg := registrytest.New(registrytest.Config{})
-	reg.Fault(registrytest.Match{Kind: registrytest.KindManifest}, registrytest.Status(http.StatusServiceUnavailable))
-	mirror, err := warm.New(reg.Start(t).URL, nil)
+// open returns the mirror that reg plays, and the image that it is asked for.
+func open(t *testing.T, reg *registrytest.Registry, platforms []string) (*warm.Mirror, oci.Reference) {
+	t.Helper()
+	mirror, err := warm.New(reg.Start(t).URL, platforms)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer mirror.Close()
+	t.Cleanup(mirror.Close)
 	ref, err := oci.ParseImage("quay.test/org/app:v1")
 	if err != nil {
 		t.Fatal(err)
 	}
+	return mirror, ref
+}
+
+// TestOneTry: what the mirror refuses it has tried itself.
+func TestOneTry(t *testing.T) {
+	reg := registrytest.New(registrytest.Config{})
+	reg.Fault(registrytest.Match{Kind: registrytest.KindManifest}, registrytest.Status(http.StatusServiceUnavailable))
+	mirror, ref := open(t, reg, nil)
 	if _, err := mirror.Pull(t.Context(), ref, func(int64, int64) {}); err == nil {
 		t.Error("pulled")
 	}
@@ -183,15 +182,7 @@ func TestThreeBlobs(t *testing.T) {
 		next.ServeHTTP(w, r)
 		now <- <-now - 1
 	})
-	mirror, err := warm.New(reg.Start(t).URL, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer mirror.Close()
-	ref, err := oci.ParseImage("quay.test/org/app:v1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	mirror, ref := open(t, reg, nil)
 	go func() {
 		for range 3 {
 			<-arrived // all three together, before the first is let go

@@ -67,7 +67,7 @@ func TestBreakerAlwaysRecovers(t *testing.T) {
 				"retry": func(t *rapid.T) { allow(b.retry, reference.Draw(t, "of")) },
 				"settle": func(t *rapid.T) {
 					if len(flying) == 0 {
-						t.Skip()
+						t.Skip() // this action only: rapid draws another one
 					}
 					i := rapid.IntRange(0, len(flying)-1).Draw(t, "which")
 					flying[i](verdicts.Draw(t, "verdict"), "reason")

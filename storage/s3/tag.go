@@ -107,34 +107,32 @@ func (b *Bucket) PutTag(ctx context.Context, ref oci.Reference, t Tag) (Tag, err
 	name := tagName(ref)
 	e := b.tags.entry(name)
 	e.raise(t.Generation)
-	for range writeRaces {
+	var there Tag
+	err := b.contend(ctx, name, func() (bool, error) {
 		state, err := b.readTag(ctx, name, e)
 		if err != nil {
-			return Tag{}, err
+			return false, err
 		}
 		next := published{t.Digest, b.clock.there(t.ValidatedAt), t.Upstream, state.highest + 1}
 		if err := next.check(); err != nil {
-			return Tag{}, fmt.Errorf("write %s: %w", name, err)
+			return false, fmt.Errorf("write %s: %w", name, err)
 		}
 		if b.clock.future(next.ValidatedAt) {
-			return Tag{}, fmt.Errorf("write %s: %w: it was validated at %s", name, ErrClock, t.ValidatedAt)
+			return false, fmt.Errorf("write %s: %w: it was validated at %s", name, ErrClock, t.ValidatedAt)
 		}
 		if state.good() && b.stands(state, next) {
-			return b.tagOf(state.tag), nil
+			there = b.tagOf(state.tag)
+			return true, nil
 		}
 		etag, err := b.write(ctx, name, &next, condition{state.etag})
-		if err == nil {
-			e.learn(tagState{signed: signed{found: true, etag: etag, modified: b.clock.now()}, tag: next}, e.version())
-			return b.tagOf(next), nil
+		if err != nil {
+			return false, err
 		}
-		if !lost(err) {
-			return Tag{}, err
-		}
-		if !pause(ctx, jitter(raceWait)) {
-			return Tag{}, context.Cause(ctx)
-		}
-	}
-	return Tag{}, fmt.Errorf("write %s: others write it all the time", name)
+		e.learn(tagState{signed: signed{found: true, etag: etag, modified: b.clock.now()}, tag: next}, e.version())
+		there = b.tagOf(next)
+		return true, nil
+	})
+	return there, err
 }
 
 // stands reports whether what is published is as good as the next.
