@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -253,38 +252,38 @@ func TestF31SlowLink(t *testing.T) {
 	h.filter(t, "--table mangle --append OUTPUT -p tcp --sport 8080 -j CLASSIFY --set-class 1:1")
 	done := make(chan struct{})
 	var seen pauses
+	var took time.Duration
 	begin := time.Now()
 	go func() {
 		defer close(done)
 		seen = h.watch(t, missing)
+		took = time.Since(begin)
 	}()
-	var hits []time.Duration
-	for running := true; running; {
-		began := time.Now()
+	var hits int64
+	for running := true; running; hits++ {
 		h.watch(t, stored)
-		hits = append(hits, time.Since(began))
 		select {
 		case <-done:
 			running = false
 		case <-time.After(20 * time.Millisecond): // there is another processor's work to do
 		}
 	}
-	took := time.Since(begin)
+	beside := time.Since(begin)
 	alone := time.Duration(missing.Size) * time.Second / linkRate
 	if took < alone*9/10 || took > 2*alone {
 		t.Errorf("%d bytes took %v, want about %v", missing.Size, took, alone)
 	}
-	if seen.longest > 5*time.Second {
-		t.Errorf("nothing came for %v, after %d bytes", seen.longest, seen.at)
+	if seen.longest > alone/2 {
+		t.Errorf("nothing came for %v, after %d bytes, want a little at a time", seen.longest, seen.at)
 	}
-	slices.Sort(hits)
-	if hits[len(hits)/2] > time.Second || hits[len(hits)-1] > 5*time.Second { // the link needs 8 s for it
-		t.Errorf("what is stored took %v, want much less than by the link", hits)
+	// No read has a limit: their clients share two processors with those of other tests.
+	if read, carried := hits*stored.Size, int64(beside.Seconds()*linkRate); read < 4*carried {
+		t.Errorf("%d bytes of what is stored were read while the link carries %d, want far more", read, carried)
 	}
 	if first, second := up.gets(upstreamAddr, missing), up.gets(secondAddr, missing); len(first) != 1 || len(second) != 0 {
 		t.Errorf("upstreams were asked %d and %d times, want the first, once", len(first), len(second))
 	}
-	t.Logf("F31: %d bytes took %v of a link that needs %v; %d reads of what is stored took %v at most",
-		missing.Size, took.Round(time.Millisecond), alone, len(hits), hits[len(hits)-1].Round(time.Millisecond))
+	t.Logf("F31: %d bytes took %v of a link that needs %v; what is stored was read %d times beside, each time in %v",
+		missing.Size, took.Round(time.Millisecond), alone, hits, (beside / time.Duration(hits)).Round(time.Millisecond))
 	m.stop(t)
 }
