@@ -38,7 +38,6 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		if !errors.Is(err, fs.ErrNotExist) {
 			m.logger.Error("stored blob cannot be opened", "digest", t.ref.Digest, "err", err)
 		}
-		how = provenance{cache: cacheFetched}
 		if r.Method == http.MethodHead {
 			return m.statBlob(w, r, t) // HEAD never downloads
 		}
@@ -53,6 +52,7 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 		if err != nil {
 			return t.answerFor(r.Context(), err)
 		}
+		how = f.provenance()
 		if far, ok := f.far(r, blob.Size()); ok {
 			defer blob.Close()
 			return m.sendFar(patience, w, r, t, far)
@@ -114,20 +114,21 @@ func (m *Mirror) missBlob(ctx, patience context.Context, ref oci.Reference) (*st
 }
 
 // askSize asks upstream for a blob's size, which also confirms it in this repository.
-func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (int64, error) {
-	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (int64, error) {
+func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (found[int64], error) {
+	return m.sizes.join(m.asking, ref.String(), func(ctx context.Context) (found[int64], error) {
 		if m.fleet != nil {
 			if content, err := m.fleet.content(ctx, ref); err == nil {
-				return content.Size, nil
+				return found[int64]{content.Size, cacheShared}, nil
 			}
 		}
-		return first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (int64, error) {
+		size, err := first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (int64, error) {
 			size, err := client.StatBlob(ctx, ref)
 			if err == nil && m.store.StoredFrom(ref.Digest, client.Upstream()) {
 				m.confirm(client, ref)
 			}
 			return size, err
 		})
+		return found[int64]{size, cacheFetched}, err
 	}).wait(ctx, 0)
 }
 
@@ -140,15 +141,15 @@ func (m *Mirror) confirm(client *upstream.Client, ref oci.Reference) {
 
 // statBlob answers HEAD of a blob that is not stored.
 func (m *Mirror) statBlob(w *response, r *http.Request, t target) error {
-	size, err := m.askSize(r.Context(), t.ref)
+	stat, err := m.askSize(r.Context(), t.ref)
 	if err != nil {
 		return t.answerFor(r.Context(), err)
 	}
-	provenance{cache: cacheFetched}.mark(w)
+	provenance{cache: stat.cache}.mark(w)
 	setContent(w.Header(), blobType, t.ref.Digest)
 	w.Header().Set("Accept-Ranges", "bytes")
-	if size >= 0 {
-		w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
+	if stat.content >= 0 {
+		w.Header().Set("Content-Length", strconv.FormatInt(stat.content, 10))
 	}
 	w.WriteHeader(http.StatusOK)
 	return nil

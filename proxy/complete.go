@@ -340,7 +340,8 @@ func (c *completions) manifest(ctx context.Context, ref oci.Reference) (oci.Mani
 	if err == nil {
 		return manifest, nil
 	}
-	return c.m.askManifest(ref).wait(ctx, 0)
+	fetched, err := c.m.askManifest(ref).wait(ctx, 0)
+	return fetched.content, err
 }
 
 // fill has one blob stored. Its error is an *upstream.Error if no upstream has it.

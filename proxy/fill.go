@@ -63,6 +63,7 @@ type fill struct {
 	sources []*source
 	ended   bool            // no source is taken on any more
 	ingest  *storage.Ingest // set when ready, unless err is
+	cache   string          // set with it: how it is come by
 	err     error           // set when ready, if no source had it
 	farNow  int             // ranges far ahead that are being passed on
 }
@@ -257,11 +258,11 @@ func (f *fill) hasReaders() bool {
 }
 
 // publish lets readers in.
-func (f *fill) publish(ingest *storage.Ingest) {
+func (f *fill) publish(ingest *storage.Ingest, cache string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ingest == nil {
-		f.ingest = ingest
+		f.ingest, f.cache = ingest, cache
 		close(f.ready)
 	}
 }
@@ -279,6 +280,16 @@ func (f *fill) endLocked(err error) {
 		close(f.ready)
 	}
 	f.ended = true
+}
+
+// provenance is how what it brings is come by: by the source that let readers in.
+func (f *fill) provenance() provenance {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cache == "" { // it was stored meanwhile
+		return provenance{cache: cacheFetched}
+	}
+	return provenance{cache: f.cache}
 }
 
 // outcome is what a request for that repository gets: an ingest to read; neither, if the blob is

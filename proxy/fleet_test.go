@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -61,6 +62,35 @@ func TestF44Digest(t *testing.T) {
 				t.Errorf("%d bytes, want %d", got.ContentLength, len(blob.Bytes))
 			}
 		}
+	}
+}
+
+// TestSharedCacheStatus: answers say that they came from the shared store, or did not.
+func TestSharedCacheStatus(t *testing.T) {
+	h := newHosts(t)
+	image := h.push("v1", 446, 300<<10)
+	manifest, layer := app+"/manifests/"+image.Digest().String(), app+"/blobs/"+image.Blobs[1].Digest.String()
+	a := h.host(shared)
+	type row struct{ method, path, cache string }
+	for _, row := range []row{{http.MethodHead, layer, cacheFetched}, {http.MethodGet, layer, cacheFetched}, {http.MethodGet, manifest, cacheFetched}} {
+		if got := a.do(row.method, row.path).want(a, http.StatusOK).Header.Get("Cache-Status"); got != row.cache {
+			t.Errorf("first host: %s %s is answered %q, want %q", row.method, row.path, got, row.cache)
+		}
+	}
+	h.pulls(a, "v1", image)
+	h.published(a, "v1", image.Digest())
+	b := h.host(shared)
+	for _, row := range []row{
+		{http.MethodHead, layer, cacheShared}, {http.MethodGet, layer, cacheShared},
+		{http.MethodHead, manifest, cacheShared}, {http.MethodGet, manifest, cacheHit},
+	} {
+		if got := b.do(row.method, row.path).want(b, http.StatusOK).Header.Get("Cache-Status"); got != row.cache {
+			t.Errorf("second host: %s %s is answered %q, want %q", row.method, row.path, got, row.cache)
+		}
+	}
+	const fetched = `breakwater_fetched_bytes_total{source=`
+	if from, want := b.metric(fetched+`"shared"}`), strconv.Itoa(len(image.Blobs[1].Bytes)); from != want || b.metric(fetched+`"upstream"}`) != "" {
+		t.Errorf("metrics tell of %q bytes from the shared store, want %s and none from upstream", from, want)
 	}
 }
 

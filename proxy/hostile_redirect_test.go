@@ -97,7 +97,7 @@ func (r *rig) reached(lookups ...string) {
 	}
 }
 
-// metric is the value of a metric without labels.
+// metric is the value of a metric, "" if there is none.
 func (r *rig) metric(name string) string {
 	w := httptest.NewRecorder()
 	r.mirror.Admin().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))

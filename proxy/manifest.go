@@ -50,27 +50,27 @@ func (m *Mirror) manifestByDigest(ctx context.Context, t target) (oci.Manifest, 
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		m.logger.Error("stored manifest cannot be read", "digest", t.ref.Digest, "err", err)
 	}
-	manifest, err = m.askManifest(t.ref).wait(ctx, 0)
+	fetched, err := m.askManifest(t.ref).wait(ctx, 0)
 	if err != nil {
 		return manifest, provenance{}, t.answerFor(ctx, err)
 	}
-	return manifest, provenance{cache: cacheFetched}, nil
+	return fetched.content, provenance{cache: fetched.cache}, nil
 }
 
 // askManifest fetches and stores a manifest by its digest, once for all who want it: what the fleet has, no
 // upstream is asked for.
-func (m *Mirror) askManifest(ref oci.Reference) *question[oci.Manifest] {
-	return m.manifests.join(m.asking, ref.String(), func(ctx context.Context) (oci.Manifest, error) {
+func (m *Mirror) askManifest(ref oci.Reference) *question[found[oci.Manifest]] {
+	return m.manifests.join(m.asking, ref.String(), func(ctx context.Context) (found[oci.Manifest], error) {
 		if m.fleet != nil {
 			if manifest, err := m.fleet.manifest(ctx, ref); err == nil {
-				return manifest, nil
+				return found[oci.Manifest]{manifest, cacheShared}, nil
 			}
 		}
 		manifest, err := first(ctx, m, ref, func(ctx context.Context, client *upstream.Client) (oci.Manifest, error) {
 			return m.fetchManifest(ctx, client, ref)
 		})
 		m.completions.tried(ref, err)
-		return manifest, err
+		return found[oci.Manifest]{manifest, cacheFetched}, err
 	})
 }
 

@@ -19,6 +19,7 @@ type metrics struct {
 	sent          prometheus.Counter
 	staleAnswers  *prometheus.CounterVec
 	fills         prometheus.Gauge
+	fetched       *prometheus.CounterVec
 	resumes       prometheus.Counter
 	passedThrough prometheus.Counter
 	refusals      *prometheus.CounterVec
@@ -70,6 +71,8 @@ func newMetrics(m *Mirror) *metrics {
 			Help: "Answers given from the store because upstream did not confirm them."}, []string{"registry"}),
 		fills: prometheus.NewGauge(prometheus.GaugeOpts{Name: "breakwater_fills",
 			Help: "Downloads into the store that are in flight."}),
+		fetched: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "breakwater_fetched_bytes_total",
+			Help: "Bytes of blobs that came into the store, by whom they came from: upstream, or the shared store."}, []string{"source"}),
 		resumes: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_resumes_total",
 			Help: "Downloads that broke off and went on from there, at the same or another upstream."}),
 		passedThrough: prometheus.NewCounter(prometheus.CounterOpts{Name: "breakwater_passed_through_total",
@@ -87,7 +90,7 @@ func newMetrics(m *Mirror) *metrics {
 	refused := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "breakwater_refused_addresses_total",
 		Help: "Connections that were not made, since an upstream or a name led to an address that is not public."},
 		func() float64 { return float64(m.pool.Refused()) })
-	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.resumes, s.passedThrough, s.refusals, waiting, s.completionBytes, s.completionFailures, s,
+	s.registry.MustRegister(refused, s.requests, s.seconds, s.sent, s.staleAnswers, s.fills, s.fetched, s.resumes, s.passedThrough, s.refusals, waiting, s.completionBytes, s.completionFailures, s,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if m.fleet != nil {
 		s.registry.MustRegister(m.fleet)

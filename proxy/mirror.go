@@ -53,8 +53,8 @@ type Mirror struct {
 	filling   *tasks // fills, which may finish
 	sharing   *tasks // what goes on behind for the fleet: the next process goes on with it
 	tags      questions[resolution]
-	manifests questions[oci.Manifest]
-	sizes     questions[int64]
+	manifests questions[found[oci.Manifest]]
+	sizes     questions[found[int64]]
 	lists     questions[storage.Answer]
 	fills     fills
 	expected  expectations

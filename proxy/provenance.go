@@ -23,11 +23,18 @@ type provenance struct {
 const (
 	cacheHit        = "breakwater; hit"                                             // nobody was asked
 	cacheFetched    = "breakwater; fwd=uri-miss; fwd-status=200"                    // it was not stored
+	cacheShared     = cacheFetched + "; detail=shared"                              // it came from the shared store
 	cacheUnverified = "breakwater; fwd=uri-miss; fwd-status=206; detail=unverified" // a part, not stored either
 	cacheMoved      = "breakwater; fwd=stale; fwd-status=200"                       // upstream had a newer one
 	cacheNotStored  = cacheFetched + "; detail=not-stored"                          // nor is it now
 	cacheConfirmed  = cacheMoved + "; detail=confirmed"                             // upstream named the stored one
 )
+
+// found is what was not stored, and what Cache-Status says of it.
+type found[T any] struct {
+	content T
+	cache   string
+}
 
 // ageUnknown is the age of what was confirmed in the future.
 const ageUnknown = -1

@@ -52,6 +52,22 @@ func (s *source) name() string {
 	return s.client.Upstream()
 }
 
+// kind is what metrics call it.
+func (s *source) kind() string {
+	if s.client == nil {
+		return "shared"
+	}
+	return "upstream"
+}
+
+// cache is what Cache-Status says of what it brings.
+func (s *source) cache() string {
+	if s.client == nil {
+		return cacheShared
+	}
+	return cacheFetched
+}
+
 // is reports whether both are the same for a fill.
 func (s *source) is(other *source) bool { return s.ref == other.ref && s.client == other.client }
 

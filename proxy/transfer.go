@@ -82,7 +82,7 @@ func (m *Mirror) transfer(ctx context.Context, f *fill, src *source, body *body)
 		t.ingest.Park(err) // the next request goes on from there, unless what came is wrong
 		return t.judge(m, err)
 	}
-	f.publish(t.ingest)
+	f.publish(t.ingest, t.src.cache())
 	if err := t.ingest.Commit(t.body.confirmation); err != nil {
 		m.logNotStored("blob not stored", err, "digest", f.dgst) // its readers have all of it
 	}
@@ -110,11 +110,12 @@ func (m *Mirror) bring(ctx context.Context, t *transfer) error {
 		}
 		n, err := m.read(ctx, t, buf)
 		if n > 0 {
+			m.metrics.fetched.WithLabelValues(t.src.kind()).Add(float64(n))
 			if _, err := t.ingest.Write(buf[:n]); err != nil {
 				return storeFailed(err)
 			}
 			if t.ingest.Released() > 0 {
-				t.publish(t.ingest)
+				t.publish(t.ingest, t.src.cache())
 			}
 		}
 		if errors.Is(err, io.EOF) {
