@@ -30,7 +30,7 @@ import (
 func TestF45KilledWhilePublishing(t *testing.T) {
 	rounds := sized(5, 100)
 	program := binary(t)
-	c := &publishing{T: t, bucket: buckettest.Start(t), reg: registrytest.New(registrytest.Config{})}
+	c := &publishing{T: t, bucket: buckettest.Start(t), reg: registrytest.New(registrytest.Config{}), contents: map[digest.Digest][]byte{}}
 	c.bucket.Fault(buckettest.Writes, registrytest.Delay(10*time.Millisecond)) // so that a kill is in the middle of something
 	dir := t.TempDir()
 	config, data := filepath.Join(dir, "config.yaml"), filepath.Join(dir, "data")
@@ -93,7 +93,8 @@ type publishing struct {
 	*testing.T
 	bucket    *buckettest.Bucket
 	reg       *registrytest.Registry
-	referring int // how many manifests were found that refer to another
+	contents  map[digest.Digest][]byte // of the bucket's, what was looked at: nothing is written twice
+	referring int                      // how many manifests were found that refer to another
 }
 
 // pullUntilKilled pulls new images by many clients, kills the mirror at some moment, and returns what it
@@ -160,7 +161,9 @@ func (c *publishing) check() map[string]digest.Digest {
 	referring := 0
 	defer func() { c.referring = max(c.referring, referring) }()
 	tags, reached := map[string]digest.Digest{}, map[digest.Digest]bool{}
-	for _, name := range c.bucket.Names(sharedPrefix + "records/") { // before the blobs: more may come meanwhile
+	records := c.bucket.Names(sharedPrefix + "records/") // before the blobs: more may come meanwhile
+	c.list()
+	for _, name := range records {
 		_, body, _ := bytes.Cut(c.bucket.Get(name), []byte("\n"))
 		var record struct {
 			Digest    digest.Digest
@@ -200,18 +203,26 @@ func (c *publishing) check() map[string]digest.Digest {
 	return tags
 }
 
+// list looks for blobs that were not there before, and at their bytes.
+func (c *publishing) list() {
+	c.Helper()
+	for _, name := range c.bucket.Names(sharedPrefix + "blobs/sha256/") {
+		dgst := digest.NewDigestFromEncoded(digest.SHA256, path.Base(name))
+		if c.contents[dgst] == nil {
+			if c.contents[dgst] = c.bucket.Get(name); digest.FromBytes(c.contents[dgst]) != dgst {
+				c.Fatalf("%s has other bytes", name)
+			}
+		}
+	}
+}
+
 // content is a blob that a record, or what it names, relies on.
 func (c *publishing) content(dgst digest.Digest, record string) []byte {
 	c.Helper()
-	name := sharedPrefix + "blobs/sha256/" + dgst.Encoded()
-	if len(c.bucket.Names(name)) != 1 {
+	if c.contents[dgst] == nil {
 		c.Fatalf("%s needs %s, which the bucket does not have", record, dgst)
 	}
-	raw := c.bucket.Get(name)
-	if digest.FromBytes(raw) != dgst {
-		c.Fatalf("%s has other bytes", name)
-	}
-	return raw
+	return c.contents[dgst]
 }
 
 // image wants all of an image to be in the bucket.
