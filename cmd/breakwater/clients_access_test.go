@@ -363,6 +363,28 @@ func TestAccessClients(t *testing.T) {
 	}
 }
 
+// logged waits until the mirror has logged something.
+func (h *host) logged(t *testing.T, message string) {
+	t.Helper()
+	within(t, 10*time.Second, func() error {
+		log, err := os.ReadFile(filepath.Join(h.dir, "mirror.log"))
+		if err == nil && !strings.Contains(string(log), message) {
+			err = fmt.Errorf("%q is not in the log", message)
+		}
+		return err
+	})
+}
+
+// reload gives the mirror another configuration, of which it logs that message.
+func (h *host) reload(t *testing.T, m *mirror, config, message string) {
+	t.Helper()
+	h.write(t, "config.yaml", config)
+	if err := m.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	h.logged(t, message)
+}
+
 // TestReloadBeyondLoopback: while the mirror listens beyond loopback, a configuration that lets nobody say who
 // may pull there is refused, although it is good for the next start; and certificates are read again.
 func TestReloadBeyondLoopback(t *testing.T) {
@@ -371,23 +393,9 @@ func TestReloadBeyondLoopback(t *testing.T) {
 	a := newAuthority(t, h)
 	a.issue("mirror", x509.ExtKeyUsageServerAuth)
 	m := h.serve(t, fmt.Sprintf(secretly, "client_ca_file: ca.crt"))
-	logged := func(message string) {
-		t.Helper()
-		within(t, 10*time.Second, func() error {
-			log, err := os.ReadFile(filepath.Join(h.dir, "mirror.log"))
-			if err == nil && !strings.Contains(string(log), message) {
-				err = fmt.Errorf("%q is not in the log", message)
-			}
-			return err
-		})
-	}
 	hangup := func(config, message string) {
 		t.Helper()
-		h.write(t, "config.yaml", config)
-		if err := m.cmd.Process.Signal(syscall.SIGHUP); err != nil {
-			t.Fatal(err)
-		}
-		logged(message)
+		h.reload(t, m, config, message)
 	}
 	status := func() int {
 		t.Helper()
@@ -412,7 +420,7 @@ func TestReloadBeyondLoopback(t *testing.T) {
 		t.Fatal(err)
 	}
 	hangup(fmt.Sprintf(secretly, "anonymous: true\n  client_ca_file: ca.crt"), "certificate not reloaded; the old one stays in force")
-	logged(`"configuration reloaded"`)
+	h.logged(t, `"configuration reloaded"`)
 	if got := status(); got != http.StatusOK {
 		t.Errorf("after anonymous: true nobody gets %d", got)
 	}
@@ -424,5 +432,26 @@ func TestReloadBeyondLoopback(t *testing.T) {
 	if got, err := h.ask(http.MethodGet, "http://"+mirrorAddr+"/v2/"); err != nil || got.status != http.StatusOK {
 		t.Errorf("by loopback: %+v %v", got, err)
 	}
+	m.stop(t)
+}
+
+// TestReloadKeepsAsking: who comes by loopback and is asked who they are, since something forwards others there,
+// is asked until the end, whatever is good for the next start.
+func TestReloadKeepsAsking(t *testing.T) {
+	h := newHost(t)
+	h.beyond(t)
+	h.write(t, "htpasswd", "ci:$2y$05$"+strings.Repeat("a", 53)+"\n")
+	newAuthority(t, h).issue("mirror", x509.ExtKeyUsageServerAuth)
+	m := h.serve(t, mirrored+"access: {htpasswd: htpasswd, plain_http: true}\n")
+	for _, row := range []struct{ name, config, message string }{
+		{"without a policy", mirrored, "access: none, where"},
+		{"with TLS of its own", fmt.Sprintf(secretly, "htpasswd: htpasswd"), "access.loopback: open, where"},
+	} {
+		h.reload(t, m, row.config, row.message)
+		if got, err := h.ask(http.MethodGet, "http://"+mirrorAddr+"/v2/"); err != nil || got.status != http.StatusUnauthorized {
+			t.Errorf("%s: nobody gets %+v %v", row.name, got, err)
+		}
+	}
+	h.reload(t, m, mirrored+"access: {htpasswd: htpasswd, plain_http: true}\nserver_names: [mirror.internal]\n", `"configuration reloaded"`)
 	m.stop(t)
 }

@@ -122,7 +122,7 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		servers[0].start(control, failed)
 	}
 	logger.Info("serving", "listen", api.Addr().String(), "admin", admin.Addr().String(), "control", cfg.Control, "data", cfg.Data, "capacity", capacity)
-	running := &running{cfg, mirror, certificate, logger}
+	running := &running{cfg, cfg, mirror, certificate, logger}
 	systemd := manager{logger}
 	systemd.tell(daemon.SdNotifyReady, "STATUS=serving at "+api.Addr().String())
 	watched, unwatch := context.WithCancel(ctx)
@@ -208,6 +208,7 @@ func stop(servers []*server, mirror *proxy.Mirror, logger *slog.Logger) {
 // running is what a SIGHUP reaches.
 type running struct {
 	started     *config.Config
+	inForce     *config.Config
 	mirror      *proxy.Mirror
 	certificate *access.Certificate // nil if there is none
 	logger      *slog.Logger
@@ -222,10 +223,8 @@ func (r *running) reload(load func() (*config.Config, error)) (status string) {
 		}
 	}
 	cfg, err := load()
-	if err == nil && r.started.BeyondLoopback() {
-		here := *cfg // the policy is for the listener that there is, not for the next start's
-		here.Listen, here.TLS = r.started.Listen, r.started.TLS
-		err = here.Validate()
+	if err == nil {
+		err = r.guards(cfg)
 	}
 	if err == nil {
 		err = r.mirror.Use(cfg)
@@ -235,6 +234,7 @@ func (r *running) reload(load func() (*config.Config, error)) (status string) {
 		r.logger.Error(status, "err", err)
 		return status
 	}
+	r.inForce = cfg
 	started := r.started
 	status = "configuration reloaded"
 	if cfg.Listen != started.Listen || cfg.Admin != started.Admin || cfg.Control != started.Control || cfg.Data != started.Data ||
@@ -245,6 +245,25 @@ func (r *running) reload(load func() (*config.Config, error)) (status string) {
 	}
 	r.logger.Info(status)
 	return status
+}
+
+// guards refuses a policy that is good for the next start, but would open the listener that there is.
+func (r *running) guards(cfg *config.Config) error {
+	if r.started.BeyondLoopback() {
+		here := *cfg
+		here.Listen, here.TLS = r.started.Listen, r.started.TLS
+		if err := here.Validate(); err != nil {
+			return err
+		}
+	}
+	if was, will := r.inForce.Access, cfg.Access; was.Loopback == config.LoopbackAsked && will.Loopback != config.LoopbackAsked {
+		at := "access.loopback: " + will.Loopback
+		if will.IsZero() {
+			at = "access: none"
+		}
+		return fmt.Errorf("%s, where those who come by loopback are asked who they are; restart for that, or write loopback: asked", at)
+	}
+	return nil
 }
 
 // newLogger writes text for people and JSON for machines.
