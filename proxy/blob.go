@@ -134,7 +134,7 @@ func (m *Mirror) askSize(ctx context.Context, ref oci.Reference) (found[int64], 
 
 // confirm records that upstream has what is stored in this repository too.
 func (m *Mirror) confirm(client *upstream.Client, ref oci.Reference) {
-	if err := m.store.Confirm(ref.Repository, ref.Digest, m.confirmation(client, ref.Repository)); err != nil {
+	if err := m.store.Confirm(ref.Repository, ref.Digest, confirmation(client)); err != nil {
 		m.logNotStored("confirmation not stored", err, "repository", ref.Repository, "digest", ref.Digest)
 	}
 }

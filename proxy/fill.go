@@ -77,7 +77,7 @@ func (m *Mirror) joinFill(ref oci.Reference, u urgency) (*fill, error) {
 	}
 	key := fillKey{dgst: ref.Digest}
 	for _, src := range sources {
-		if src.client != nil && !m.confirmation(src.client, ref.Repository).Public {
+		if src.client != nil && !m.shares(src.client, ref.Repository) {
 			key.repo = ref.Repository
 		}
 	}

@@ -90,29 +90,52 @@ func (b *sharedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// content is the record by which a repository reaches what the bucket has. One that another host has got with a
-// credential is for hosts that have one for the repository too.
+// content is the record by which a repository reaches what the bucket has.
 func (f *fleet) content(ctx context.Context, ref oci.Reference) (s3.Content, error) {
 	first := s3.PublicOnly
-	if f.hasCredential(ref.Repository) {
+	if slices.ContainsFunc(f.m.pool.Clients(ref.Registry), func(client *upstream.Client) bool { return !f.m.shares(client, ref.Repository) }) {
 		first = s3.PrivateFirst
 	}
 	content, err := f.bucket.Content(ctx, ref.Repository, ref.Digest, first)
+	if err == nil && !content.Public && !f.reaches(ref.Repository, content) {
+		content, err = f.bucket.Content(ctx, ref.Repository, ref.Digest, s3.PublicOnly)
+	}
+	if err == nil && !f.reaches(ref.Repository, content) {
+		err = fmt.Errorf("%s is not for %s: %w", ref.Digest, ref.Repository, fs.ErrNotExist)
+	}
 	if err != nil {
 		return content, &sharedError{err}
 	}
 	return content, nil
 }
 
-// hasCredential reports whether this host has one for what a repository holds.
-func (f *fleet) hasCredential(repo oci.Repository) bool {
-	return slices.ContainsFunc(f.m.pool.Clients(repo.Registry), func(client *upstream.Client) bool { return !f.m.confirmation(client, repo).Public })
+// reaches reports whether a repository may have what another host has published. Whether it is public is for this
+// host's configuration to say, which may have become stricter. What took a credential is for hosts that have one
+// for that registry too.
+func (f *fleet) reaches(repo oci.Repository, c s3.Content) bool {
+	origin := f.confirmation(repo, c)
+	if c.Public && f.m.cfg.Load().Shares(origin.Repository, origin.Credential) {
+		return true
+	}
+	return origin.Repository == repo && (origin.Credential == "" || f.hasAccount(repo.Registry))
 }
 
-// confirmation is the word of the host that got the content.
+// hasAccount reports whether this host has a credential for the registry.
+func (f *fleet) hasAccount(registry string) bool {
+	return slices.ContainsFunc(f.m.pool.Clients(registry), func(client *upstream.Client) bool { return client.Credential() != "" })
+}
+
+// confirmation is the word of the host that got the content for this repository, or for everybody. A host
+// without an account cannot tell what others' accounts make private: it believes them.
 func (f *fleet) confirmation(repo oci.Repository, c s3.Content) storage.Confirmation {
-	return storage.Confirmation{At: c.ConfirmedAt, Upstream: c.Upstream, Credential: c.Credential,
-		Public: c.Public || f.m.cfg.Load().IsPublic(repo)}
+	origin := storage.Confirmation{At: c.ConfirmedAt, Upstream: c.Upstream, Credential: c.Credential, Repository: repo}
+	if c.Public {
+		origin.Repository = c.Repository
+		if !f.hasAccount(c.Repository.Registry) {
+			origin.Credential = ""
+		}
+	}
+	return origin
 }
 
 // manifest fetches and stores a manifest that another host has published.

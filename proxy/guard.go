@@ -212,8 +212,8 @@ func (m *Mirror) withheld(t target, dgst digest.Digest) bool {
 	if !t.onlyPublic {
 		return false
 	}
-	c, _, err := m.store.Confirmed(t.ref.Repository, dgst)
-	return err != nil || !c.Public
+	reach, err := m.store.Confirmed(t.ref.Repository, dgst)
+	return err != nil || !reach.Public
 }
 
 // storedAnswer is the stored list, unless it is not for this request.

@@ -105,8 +105,8 @@ func (m *Mirror) askList(t target, path string, ask asker) *question[storage.Ans
 		answer, err := first(ctx, m, t.ref, func(ctx context.Context, client *upstream.Client) (storage.Answer, error) {
 			answer, err := ask(ctx, client, t, path)
 			answer.ValidatedAt, answer.Upstream = time.Now(), client.Upstream()
-			if c := m.confirmation(client, t.ref.Repository); !c.Public {
-				answer.Credential = c.Credential
+			if !m.shares(client, t.ref.Repository) {
+				answer.Credential = client.Credential()
 			}
 			return answer, err
 		})

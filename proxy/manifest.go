@@ -80,7 +80,7 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 	if m.store.StoredFrom(ref.Digest, client.Upstream()) {
 		resolved, err := client.Resolve(ctx, ref)
 		if err == nil && resolved.Manifest != nil {
-			m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, *resolved.Manifest)
+			m.keepManifest(confirmation(client), ref.Repository, *resolved.Manifest)
 			return *resolved.Manifest, nil
 		}
 		if err == nil {
@@ -94,7 +94,7 @@ func (m *Mirror) fetchManifest(ctx context.Context, client *upstream.Client, ref
 	if err != nil {
 		return manifest, err
 	}
-	m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, manifest)
+	m.keepManifest(confirmation(client), ref.Repository, manifest)
 	return manifest, nil
 }
 

@@ -86,7 +86,6 @@ func New(cfg Config) (*Mirror, error) {
 	}
 	m.completions = newCompletions(m)
 	m.metrics = newMetrics(m)
-	m.store.Use(storage.Policy{Kept: m.Kept, Out: m.pool.Out})
 	if err := m.Use(cfg.Config); err != nil {
 		return nil, err
 	}
@@ -128,6 +127,7 @@ func (m *Mirror) Use(cfg *config.Config) error {
 	}
 	m.guard.Store(guard)
 	m.cfg.Store(cfg)
+	m.store.Use(storage.Policy{Kept: m.Kept, Out: m.pool.Out, Public: cfg.Shares})
 	m.keepers.use(m, cfg.Keep)
 	return nil
 }
@@ -288,17 +288,14 @@ func first[T any](ctx context.Context, m *Mirror, ref oci.Reference, ask func(co
 	return answer, err
 }
 
-// confirmation records that this upstream let us have something of that repository, and on whose
-// account: content that took a credential is private unless the configuration says otherwise
-// (DESIGN 13).
-func (m *Mirror) confirmation(c *upstream.Client, repo oci.Repository) storage.Confirmation {
-	credential := c.Credential()
-	return storage.Confirmation{
-		At:         time.Now(),
-		Upstream:   c.Upstream(),
-		Credential: credential,
-		Public:     credential == "" || m.cfg.Load().IsPublic(repo),
-	}
+// confirmation records that this upstream let us have something, and on whose account.
+func confirmation(c *upstream.Client) storage.Confirmation {
+	return storage.Confirmation{At: time.Now(), Upstream: c.Upstream(), Credential: c.Credential()}
+}
+
+// shares reports whether what this upstream lets us have of a repository is for every other one too (DESIGN 13).
+func (m *Mirror) shares(c *upstream.Client, repo oci.Repository) bool {
+	return m.cfg.Load().Shares(repo, c.Credential())
 }
 
 // setContent sets the headers that identify what is sent.

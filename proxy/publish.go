@@ -216,7 +216,7 @@ func (p *publisher) writeContent(ctx context.Context, ref oci.Reference, mediaTy
 
 // writeRecord publishes how content is reached that the bucket has.
 func (p *publisher) writeRecord(ctx context.Context, ref oci.Reference, mediaType string) error {
-	c, size, err := p.m.store.Confirmed(ref.Repository, ref.Digest)
+	reach, err := p.m.store.Confirmed(ref.Repository, ref.Digest)
 	if err != nil {
 		return err
 	}
@@ -225,8 +225,8 @@ func (p *publisher) writeRecord(ctx context.Context, ref oci.Reference, mediaTyp
 		return err
 	}
 	defer blob.Close()
-	err = p.bucket.PutContent(ctx, ref.Repository, ref.Digest, s3.Content{Size: size, MediaType: mediaType, ConfirmedAt: c.At,
-		Upstream: c.Upstream, Credential: c.Credential, Public: c.Public}, blob)
+	err = p.bucket.PutContent(ctx, ref.Repository, ref.Digest, s3.Content{Size: reach.Size, MediaType: mediaType, ConfirmedAt: reach.At,
+		Upstream: reach.Upstream, Credential: reach.Credential, Repository: reach.Repository, Public: reach.Public}, blob)
 	if err != nil {
 		return err
 	}

@@ -165,7 +165,7 @@ func (f *fleet) adoptReferring(ctx context.Context, subject oci.Reference) (s3.R
 	if err != nil {
 		return said, err
 	}
-	if said.Credential != "" && !f.hasCredential(subject.Repository) {
+	if said.Credential != "" && !f.hasAccount(subject.Registry) {
 		return s3.Referring{}, fs.ErrNotExist
 	}
 	path := referrersPath(subject.Digest)

@@ -85,7 +85,7 @@ func (s *source) open(ctx context.Context, m *Mirror, offset int64) (*body, erro
 		if err != nil {
 			return nil, err
 		}
-		b = &body{ReadCloser: from, size: from.Size, confirmation: m.confirmation(s.client, s.ref.Repository)}
+		b = &body{ReadCloser: from, size: from.Size, confirmation: confirmation(s.client)}
 	}
 	first := int64(1)
 	switch {

@@ -256,7 +256,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	}
 	if resolved.Manifest != nil {
 		answer.manifest, answer.fetched = *resolved.Manifest, true
-		answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, answer.manifest)
+		answer.durable = m.keepManifest(confirmation(client), ref.Repository, answer.manifest)
 		return answer, nil
 	}
 	named := oci.Reference{Repository: ref.Repository, Digest: resolved.Digest}
@@ -265,7 +265,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 	}
 	if manifest, ok := m.unstored.get(named); ok { // upstream has just named it
 		answer.manifest, answer.fetched = manifest, true
-		answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, manifest)
+		answer.durable = m.keepManifest(confirmation(client), ref.Repository, manifest)
 		return answer, nil
 	}
 	if answer.manifest, err = client.Manifest(ctx, named); err != nil {
@@ -278,7 +278,7 @@ func (m *Mirror) resolveAt(ctx context.Context, client *upstream.Client, ref oci
 		return resolution{}, err
 	}
 	answer.fetched = true
-	answer.durable = m.keepManifest(m.confirmation(client, ref.Repository), ref.Repository, answer.manifest)
+	answer.durable = m.keepManifest(confirmation(client), ref.Repository, answer.manifest)
 	return answer, nil
 }
 
@@ -288,7 +288,7 @@ func (m *Mirror) confirmed(client *upstream.Client, named oci.Reference) (oci.Ma
 	if err == nil {
 		return manifest, nil
 	}
-	if err := m.store.Confirm(named.Repository, named.Digest, m.confirmation(client, named.Repository)); err != nil {
+	if err := m.store.Confirm(named.Repository, named.Digest, confirmation(client)); err != nil {
 		return manifest, err
 	}
 	return m.store.Manifest(named.Repository, named.Digest)

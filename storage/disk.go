@@ -46,6 +46,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"breakwater/pkg/oci"
+
 	"github.com/opencontainers/go-digest"
 	ispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -166,6 +168,22 @@ func Open(cfg Config) (*Disk, error) {
 		d.behind(ctx, func() { d.scrubLoop(ctx, cfg.Scrub) })
 	}
 	return d, nil
+}
+
+// Policy is what the configuration says of what is stored. Its functions may be nil, and are called without
+// locks.
+type Policy struct {
+	Kept func() []oci.Reference     // tags and digests of images that are never evicted
+	Out  func(registry string) bool // it could not give anything back now: its images are evicted last
+	// Public reports whether what was got in a repository with that credential, "" for none, may be read
+	// through every other one; nil: if it took none. It is asked at each reading.
+	Public func(repo oci.Repository, credential string) bool
+}
+
+// Use makes the policy the one in force: also for what is stored already.
+func (d *Disk) Use(p Policy) {
+	d.policy.Store(&p)
+	d.manifests.entries.Purge()
 }
 
 // behind runs what goes on behind the requests. A panic there must not end them: it is logged, and begun

@@ -27,15 +27,6 @@ const (
 	diskLag = 10 * time.Second
 )
 
-// Policy says what eviction leaves alone. Both functions may be nil, and are called without locks.
-type Policy struct {
-	Kept func() []oci.Reference     // tags and digests of images that never go
-	Out  func(registry string) bool // it could not give anything back now: its images go last
-}
-
-// Use makes the policy the one in force.
-func (d *Disk) Use(p Policy) { d.policy.Store(&p) }
-
 // victim is an image on its way out, or content that no image needs.
 type victim struct {
 	dgst    digest.Digest

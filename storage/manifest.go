@@ -73,7 +73,7 @@ func (d *Disk) putManifest(repo oci.Repository, m oci.Manifest, c Confirmation) 
 		d.lost.Delete(m.Digest)
 	}
 	var err error
-	if c.public() {
+	if d.public(c.origin(repo), c.Credential) {
 		err = d.confirm(repo, m.Digest, size, c)
 	} else {
 		err = d.confirmAs(originRecord(m.Digest), record{Size: size, Repository: repo.String()}, c)
@@ -120,6 +120,7 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 	if m, ok := d.manifests.entries.Get(key); ok {
 		return m, nil
 	}
+	policy := d.policy.Load()
 	b, err := d.openBlob(key.repo, key.dgst)
 	if err != nil {
 		return oci.Manifest{}, err
@@ -149,6 +150,9 @@ func (d *Disk) manifest(key manifestKey) (oci.Manifest, error) {
 		return oci.Manifest{}, errors.Join(err, fs.ErrNotExist)
 	}
 	d.remember(key, m)
+	if d.policy.Load() != policy { // it may not be this repository's any more
+		d.manifests.remove(key.dgst)
+	}
 	return m, nil
 }
 

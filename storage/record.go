@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -21,14 +22,27 @@ type Confirmation struct {
 	At         time.Time // zero is now
 	Upstream   string
 	Credential string // an opaque id of what was shown to the upstream; "" is anonymous
-	Public     bool   // the configuration says that the credential makes nothing private here
+	// Repository is where the content was got; zero is the one that it is confirmed in.
+	Repository oci.Repository
 }
 
-// public reports whether what was confirmed so may be read through every repository.
-func (c Confirmation) public() bool { return c.Credential == "" || c.Public }
+func (c Confirmation) origin(repo oci.Repository) oci.Repository {
+	if c.Repository != (oci.Repository{}) {
+		return c.Repository
+	}
+	return repo
+}
 
-// record is what is known of stored content: in records/_public for everybody, else in the
-// repository that it was confirmed in.
+// public reports whether what was got so may be read through every repository, by the policy of now.
+func (d *Disk) public(origin oci.Repository, credential string) bool {
+	if p := d.policy.Load(); p != nil && p.Public != nil {
+		return p.Public(origin, credential)
+	}
+	return credential == ""
+}
+
+// record is what is known of stored content: in records/_public for everybody, unless the policy has changed
+// since, else in the repository that it was confirmed in.
 type record struct {
 	Size        int64     `json:"size"`
 	MediaType   string    `json:"media_type,omitempty"` // of manifests
@@ -54,6 +68,12 @@ func (r *record) check() error {
 // to note a pull does not.
 func (r record) confirms() bool { return !r.ConfirmedAt.IsZero() }
 
+// origin is the repository that the content was got in first.
+func (r record) origin() oci.Repository {
+	registry, name, _ := strings.Cut(r.Repository, "/")
+	return oci.Repository{Registry: registry, Name: name}
+}
+
 func publicRecord(dgst digest.Digest) string { return path.Join("_public", dgst.Encoded()) }
 
 func blobRecord(repo oci.Repository, dgst digest.Digest) string {
@@ -69,8 +89,9 @@ func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (r record, public 
 	for i, name := range [...]string{publicRecord(dgst), blobRecord(repo, dgst), manifestRecord(repo, dgst)} {
 		var r record
 		err := d.readRecord(name, &r)
-		if err == nil && r.confirms() {
-			return r, i == 0, nil
+		isPublic := i == 0 && err == nil && d.public(r.origin(), r.Credential)
+		if err == nil && r.confirms() && (i > 0 || isPublic || r.origin() == repo) {
+			return r, isPublic, nil
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return record{}, false, err
@@ -79,17 +100,28 @@ func (d *Disk) reach(repo oci.Repository, dgst digest.Digest) (r record, public 
 	return record{}, false, fmt.Errorf("%s is not confirmed in %s: %w", dgst, repo, fs.ErrNotExist)
 }
 
-// Confirmed tells how a repository reaches stored content, and its size. It is fs.ErrNotExist if it does not,
-// or if the content is not stored.
-func (d *Disk) Confirmed(repo oci.Repository, dgst digest.Digest) (Confirmation, int64, error) {
+// Reach is how a repository reaches stored content.
+type Reach struct {
+	Confirmation
+	Public bool // every other repository reaches it too
+	Size   int64
+}
+
+// Confirmed tells how a repository reaches stored content. It is fs.ErrNotExist if it does not, or if the
+// content is not stored.
+func (d *Disk) Confirmed(repo oci.Repository, dgst digest.Digest) (Reach, error) {
 	r, public, err := d.reach(repo, dgst)
 	if err == nil {
 		_, err = d.blobs[dgst.Algorithm()].lstat(dgst.Encoded())
 	}
 	if err != nil {
-		return Confirmation{}, 0, fmt.Errorf("confirmation of %s: %w", dgst, err)
+		return Reach{}, fmt.Errorf("confirmation of %s: %w", dgst, err)
 	}
-	return Confirmation{At: r.ConfirmedAt, Upstream: r.Upstream, Credential: r.Credential, Public: public}, r.Size, nil
+	c := Confirmation{At: r.ConfirmedAt, Upstream: r.Upstream, Credential: r.Credential, Repository: repo}
+	if public {
+		c.Repository = r.origin()
+	}
+	return Reach{c, public, r.Size}, nil
 }
 
 // originRecord says where content came from that some repositories may read: only that upstream's
@@ -123,7 +155,7 @@ func (d *Disk) storedFrom(dgst digest.Digest, upstream string) (int64, error) {
 }
 
 // Confirm notes that an upstream has let this repository read what is already stored. From now on
-// Blob and Manifest find it there; if it was got anonymously, then in every repository. A registry
+// Blob and Manifest find it there; if it is public there, then in every repository. A registry
 // could claim any digest: only the upstream that the content came from is believed, and for content
 // that no record vouches for, nobody. Then, and if it is not stored, it is fs.ErrNotExist.
 func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) error {
@@ -139,8 +171,11 @@ func (d *Disk) Confirm(repo oci.Repository, dgst digest.Digest, c Confirmation) 
 
 // confirm writes the record that lets stored content be read: by all, or by this repository.
 func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Confirmation) error {
-	if c.public() {
-		return d.confirmAs(publicRecord(dgst), record{Size: size, Repository: repo.String()}, c)
+	if origin := c.origin(repo); d.public(origin, c.Credential) {
+		if err := d.demote(dgst); err != nil {
+			return err
+		}
+		return d.confirmAs(publicRecord(dgst), record{Size: size, Repository: origin.String()}, c)
 	}
 	if err := d.confirmAs(originRecord(dgst), record{Size: size, Repository: repo.String()}, c); err != nil {
 		return err
@@ -150,6 +185,33 @@ func (d *Disk) confirm(repo oci.Repository, dgst digest.Digest, size int64, c Co
 		d.index.Private(repo, dgst)
 	}
 	return err
+}
+
+// demote makes room for another repository's public record: one that is not public any more becomes its own
+// repository's.
+func (d *Disk) demote(dgst digest.Digest) error {
+	name := publicRecord(dgst)
+	var old record
+	switch err := d.readRecord(name, &old); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case !old.confirms() || d.public(old.origin(), old.Credential):
+		return nil
+	}
+	c := Confirmation{At: old.ConfirmedAt, Upstream: old.Upstream, Credential: old.Credential}
+	if err := d.confirm(old.origin(), dgst, old.Size, c); err != nil {
+		return err
+	}
+	mu := d.writers.of(name)
+	mu.Lock()
+	defer mu.Unlock()
+	var now record
+	if err := d.readRecord(name, &now); err != nil || d.public(now.origin(), now.Credential) {
+		return nil // another one was quicker
+	}
+	return d.records.remove(name)
 }
 
 // confirmAs writes one record, unless it says the same already.

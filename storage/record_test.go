@@ -100,11 +100,56 @@ func TestPrivateContentStaysInItsRepository(t *testing.T) {
 	check(third, true)
 }
 
-func TestPublicByConfiguration(t *testing.T) {
-	d := open(t, t.TempDir())
-	raw, _ := content(100)
-	store(t, d, app, raw, Confirmation{At: anonymous.At, Credential: "for its rate limit", Public: true})
-	wantBlob(t, d, other, raw)
+// TestPublicByPolicy: the policy decides at each reading what is public; what is not any more stays with the
+// repositories that got it.
+func TestPublicByPolicy(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, dir)
+	third := oci.Repository{Registry: "quay.io", Name: "org/third"}
+	m, raw := image(t)
+	layer := m.Blobs[0].Digest
+	use := func(public ...oci.Repository) {
+		d.Use(Policy{Public: func(repo oci.Repository, _ string) bool { return slices.Contains(public, repo) }})
+	}
+	check := func(when string, reached ...oci.Repository) {
+		t.Helper()
+		for _, repo := range []oci.Repository{app, other, third} {
+			b, err := d.Blob(repo, layer)
+			if err == nil {
+				_ = b.Close()
+			}
+			_, manifestErr := d.Manifest(repo, m.Digest)
+			if want := slices.Contains(reached, repo); want != (err == nil) || want != (manifestErr == nil) {
+				t.Errorf("%s: %s reaches the blob: %v, the manifest: %v, want %v", when, repo, err, manifestErr, want)
+			}
+		}
+	}
+	use(app)
+	limited := Confirmation{At: anonymous.At, Upstream: "u", Credential: "for its rate limit"}
+	store(t, d, app, raw, limited)
+	if err := d.PutManifest(app, m, limited); err != nil {
+		t.Fatal(err)
+	}
+	check("public", app, other, third)
+	use()
+	check("no longer public", app)
+	use(app)
+	check("public again", app, other, third)
+	use(other)
+	for _, dgst := range []digest.Digest{layer, m.Digest} {
+		if err := d.Confirm(other, dgst, Confirmation{Upstream: "u"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("got in a public one too", app, other, third)
+	use()
+	check("that one is no longer public either", app, other)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, dir)
+	use()
+	check("after a restart", app, other)
 }
 
 func TestConfirmRefusesWhatIsNotStored(t *testing.T) {

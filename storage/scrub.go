@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io/fs"
 	"slices"
-	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -144,8 +143,7 @@ func (d *Disk) origin(dgst digest.Digest) (oci.Repository, bool) {
 		if d.readRecord(name, &r) != nil {
 			continue
 		}
-		registry, name, _ := strings.Cut(r.Repository, "/")
-		if repo, err := oci.ParseRepository(registry, name); err == nil {
+		if repo, err := oci.ParseRepository(r.origin().Registry, r.origin().Name); err == nil {
 			return repo, true
 		}
 	}

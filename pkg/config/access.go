@@ -74,6 +74,15 @@ func (c *Config) IsPrivate(repo oci.Repository) bool {
 	return c.Registries[repo.Registry].hasAccount() && !c.IsPublic(repo)
 }
 
+// Shares reports whether what was got in a repository with a credential, "" for none, may be read through every
+// other one: if it took none, or Public lists the repository, and no rule keeps that from anybody.
+func (c *Config) Shares(repo oci.Repository, credential string) bool {
+	if allow, ruled := c.Access.RuleFor(repo); ruled && !slices.Contains(allow, AllowAnybody) {
+		return false
+	}
+	return credential == "" || c.IsPublic(repo)
+}
+
 // IsPublic reports whether a pattern of Public says that everybody may have this repository, whatever
 // credential it was fetched with. In a pattern `*` stands for any characters but a slash; a pattern
 // that ends in `*` also takes in all that lies below what it matches: quay.io/org/* holds

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"breakwater/pkg/oci"
@@ -28,9 +29,10 @@ type Content struct {
 	MediaType   string    // of manifests
 	ConfirmedAt time.Time // by this host's clock
 	Upstream    string
-	Credential  string // as in storage.Confirmation
-	Public      bool   // may be read through every repository
-	parts       *parts // nil if its record tells none
+	Credential  string         // as in storage.Confirmation
+	Repository  oci.Repository // of public content: where it was got
+	Public      bool           // may be read through every repository, if the reader's configuration says so too
+	parts       *parts         // nil if its record tells none
 }
 
 // content is Content as it is published: its time is the bucket's, and whether it is public is in the
@@ -41,7 +43,8 @@ type content struct {
 	ConfirmedAt time.Time `json:"confirmed_at"`
 	Upstream    string    `json:"upstream,omitempty"`
 	Credential  string    `json:"credential,omitempty"`
-	PartSize    int64     `json:"part_size,omitempty"` // another one than ours is no use
+	Repository  string    `json:"repository,omitempty"` // of public content
+	PartSize    int64     `json:"part_size,omitempty"`  // another one than ours is no use
 	Parts       [][]byte  `json:"part_tags,omitempty"`
 }
 
@@ -87,7 +90,9 @@ func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.D
 			return Content{}, err
 		}
 		if rec.found && rec.wrong == nil {
-			found := Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential, name == publicName(dgst), nil}
+			registry, in, _ := strings.Cut(c.Repository, "/")
+			found := Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential,
+				oci.Repository{Registry: registry, Name: in}, name == publicName(dgst), nil}
 			if c.Parts != nil {
 				mac, err := rec.key.partsKey(dgst)
 				if err != nil {
@@ -143,7 +148,10 @@ func (b *Bucket) putContent(ctx context.Context, name string, dgst digest.Digest
 	if told && old.MediaType == c.MediaType && !aging {
 		return true, nil
 	}
-	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, PartSize, nil}
+	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, "", PartSize, nil}
+	if c.Public {
+		next.Repository = c.Repository.String()
+	}
 	switch {
 	case told:
 		next.Parts = old.Parts
