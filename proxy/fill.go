@@ -157,10 +157,8 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 		var src *source
 		var err error
 		if m.fleet != nil && !asked {
-			body, src = m.fleet.fetch(ctx, f, sources)
-			sources = slices.DeleteFunc(sources, func(src *source) bool { return src.client == nil })
-		}
-		if body == nil {
+			body, src, err = m.openShared(ctx, f, sources)
+		} else {
 			body, src, err = m.openBody(ctx, sources, f.tryOpen(m))
 		}
 		if err != nil {
@@ -179,6 +177,36 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 			return
 		}
 	}
+}
+
+// openShared opens the blob at the bucket, or at an upstream if the bucket does not have it or takes its time.
+func (m *Mirror) openShared(ctx context.Context, f *fill, sources []*source) (*body, *source, error) {
+	isShared := func(src *source) bool { return src.client == nil }
+	upstreams := slices.DeleteFunc(slices.Clone(sources), isShared)
+	if m.fleet.lag.isOn() {
+		return m.openBody(ctx, slices.Concat(upstreams, slices.DeleteFunc(slices.Clone(sources), func(src *source) bool { return !isShared(src) })), f.tryOpen(m))
+	}
+	shared, late := m.fleet.fetch(ctx, f, sources)
+	if shared == nil {
+		return m.openBody(ctx, upstreams, f.tryOpen(m))
+	}
+	if !late {
+		body, err := shared.take(ctx)
+		return body, shared.src, err
+	}
+	body, src, err := m.openBody(ctx, append(upstreams, shared.src), func(ctx context.Context, src *source) (*body, error) {
+		if src == shared.src {
+			return shared.take(ctx)
+		}
+		return f.tryOpen(m)(ctx, src)
+	})
+	switch {
+	case err != nil:
+		shared.drop()
+	case src != shared.src:
+		m.fleet.overtaken(shared)
+	}
+	return body, src, err
 }
 
 // tryOpen opens a source, and notes if that fails.

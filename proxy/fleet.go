@@ -38,12 +38,18 @@ type fleet struct {
 	m       *Mirror
 	bucket  *s3.Bucket
 	words   questions[struct{}]
+	lag     lag
 	publish *publisher
 }
 
 // open opens a blob of the bucket from offset on, if the fleet has a record that lets ref's repository read
-// it. The record is asked for at the same time.
+// it.
 func (f *fleet) open(ctx context.Context, ref oci.Reference, offset int64) (*body, error) {
+	return f.openBy(ctx, ref, offset, func() (*s3.Body, error) { return f.bucket.Blob(ctx, ref.Digest, s3.Aligned(offset)) })
+}
+
+// openBy opens what open reads. The record is asked for at the same time.
+func (f *fleet) openBy(ctx context.Context, ref oci.Reference, offset int64, open func() (*s3.Body, error)) (*body, error) {
 	type reached struct {
 		content s3.Content
 		err     error
@@ -56,7 +62,7 @@ func (f *fleet) open(ctx context.Context, ref oci.Reference, offset int64) (*bod
 	}) {
 		return nil, errClosed
 	}
-	blob, err := f.bucket.Blob(ctx, ref.Digest, s3.Aligned(offset))
+	blob, err := open()
 	reach := <-record // it ends in time by itself
 	if err != nil {
 		return nil, &sharedError{err}
@@ -140,7 +146,9 @@ func (f *fleet) confirmation(repo oci.Repository, c s3.Content) storage.Confirma
 
 // manifest fetches and stores a manifest that another host has published.
 func (f *fleet) manifest(ctx context.Context, ref oci.Reference) (oci.Manifest, error) {
-	body, err := f.open(ctx, ref, 0)
+	ctx, cancel := context.WithTimeout(ctx, fleetTime)
+	defer cancel()
+	body, err := f.openBy(ctx, ref, 0, func() (*s3.Body, error) { return f.bucket.Manifest(ctx, ref.Digest) })
 	if err != nil {
 		return oci.Manifest{}, err
 	}
@@ -275,35 +283,42 @@ func (f *fleet) offers(tag oci.Reference, m oci.Manifest) bool {
 	return err == nil && known.Published.Digest == m.Digest
 }
 
-// fetch is a fill's blob as the fleet has it. If it does not, and nobody else of it is about to, this host
-// fetches it for all of them.
-func (f *fleet) fetch(ctx context.Context, fill *fill, sources []*source) (*body, *source) {
+// fetch opens a fill's blob as the fleet has it: nil if it does not have it, and late if it takes its time. If
+// nobody else of the fleet is about to fetch it, this host does so for all of them.
+func (f *fleet) fetch(ctx context.Context, fill *fill, sources []*source) (o *opening, late bool) {
 	for _, src := range sources {
 		if src.client != nil {
 			continue
 		}
-		var got *body
-		var err error
 		come := func() bool {
-			got, err = fill.tryOpen(f.m)(ctx, src)
-			return err == nil
+			o = f.begin(ctx, fill, src)
+			late = o.isLate(ctx, fleetTime)
+			return late || o.err == nil
 		}
 		if come() {
-			return got, src
+			return o, late
 		}
-		if !errors.Is(err, fs.ErrNotExist) {
+		if !errors.Is(o.err, fs.ErrNotExist) {
 			continue
 		}
 		lease, came := f.lead(ctx, src.ref.Digest.String(), time.Now(), come)
 		if came {
-			return got, src
+			return o, late
 		}
 		if lease != nil {
 			f.publish.upload(fill, src.ref, lease)
 		}
-		return nil, nil // other repositories' records would not be there sooner
+		return nil, false // other repositories' records would not be there sooner
 	}
-	return nil, nil
+	return nil, false
+}
+
+// overtaken is for a blob that an upstream has brought while the bucket still took its time.
+func (f *fleet) overtaken(o *opening) {
+	o.drop()
+	if d := f.lag.note(); d > 0 {
+		f.m.logger.Warn("the shared store is slow: upstreams are asked for blobs first", "repository", o.src.ref.Repository, "digest", o.src.ref.Digest, "duration", d)
+	}
 }
 
 // lead waits while another host of the fleet is doing something, until come says that it is done, for at most

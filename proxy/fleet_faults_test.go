@@ -192,3 +192,39 @@ func TestF41Queue(t *testing.T) {
 		}
 	}
 }
+
+// TestF41SlowBodies: a bucket whose headers come and whose bodies drip, or stall, costs one wait of 2 s, and what
+// it has is had from the upstream; with every upstream out it is had from the bucket all the same.
+func TestF41SlowBodies(t *testing.T) {
+	for name, fault := range map[string]registrytest.Fault{"drip": registrytest.Drip(64<<10, time.Second), "stall": registrytest.Stall(1000)} {
+		t.Run(name, func(t *testing.T) {
+			h := newHosts(t)
+			image := h.push("v1", 571, 300<<10, 301<<10, 302<<10, 303<<10)
+			a := h.host(shared)
+			h.pulls(a, "v1", image)
+			h.published(a, "v1", image.Digest())
+			b := h.host("completion: {images: none}" + oneUpstream)
+			b.get(app+"/manifests/v1").want(b, http.StatusOK)
+			h.bucket.Fault(registrytest.Match{Method: http.MethodGet, Path: "/blobs/"}, fault)
+			begun := time.Now()
+			for i, blob := range image.Blobs[1:4] {
+				got := b.get(app+"/blobs/"+blob.Digest.String()).want(b, http.StatusOK).is(b, blob.Bytes)
+				if cache := got.Header.Get("Cache-Status"); cache != cacheFetched {
+					t.Errorf("blob %d: %s", i, cache)
+				}
+			}
+			if took := time.Since(begun); took > 2*fleetTime {
+				t.Errorf("took %v, want one wait of %v", took, fleetTime)
+			}
+			if h := b.shared.Health(); h.Reads.Open {
+				t.Errorf("records are not read either: %+v", h.Reads)
+			}
+			if name == "stall" {
+				return
+			}
+			h.quay.Fault(everything, outages["dead"])
+			last := image.Blobs[4]
+			b.get(app+"/blobs/"+last.Digest.String()).want(b, http.StatusOK).is(b, last.Bytes)
+		})
+	}
+}

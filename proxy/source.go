@@ -144,6 +144,15 @@ type body struct {
 	confirmation storage.Confirmation
 	ahead        []byte // read by prime, to be read again
 	end          error  // that prime met behind it
+	cancel       func() // ends what it takes besides; nil if there is nothing
+}
+
+// Close ends it. It may be called twice.
+func (b *body) Close() error {
+	if b.cancel != nil {
+		b.cancel()
+	}
+	return b.ReadCloser.Close()
 }
 
 // prime waits until the first n bytes have come, or all if they are fewer. They can still be read.

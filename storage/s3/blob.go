@@ -39,7 +39,8 @@ type Body struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	unhook func() bool
-	pass   pass
+	pass   pass   // which it has left: for what its bytes say of the bucket
+	leave  func() // lets the next download in
 
 	offset  int64         // of the next byte to be read
 	asked   int64         // up to where ranges have been asked for
@@ -49,9 +50,36 @@ type Body struct {
 	err     error // for good
 }
 
-// Blob opens a blob from offset on. It is fs.ErrNotExist if the bucket does not have it, and answers
-// within 2 s. The download lasts as long as ctx does.
+// Blob opens a blob from offset on. It is fs.ErrNotExist if the bucket does not have it. Many are read at a
+// time; others wait for their turn as long as ctx lasts, and then have an answer within 2 s. The download
+// lasts as long as ctx does.
 func (b *Bucket) Blob(ctx context.Context, dgst digest.Digest, offset int64) (*Body, error) {
+	if err := b.reads.refusal(); err != nil {
+		return nil, fmt.Errorf("read %s: %w", blobName(dgst), err)
+	}
+	select {
+	case b.bodies <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("read %s: too many downloads: %w", blobName(dgst), context.Cause(ctx))
+	case <-b.ctx.Done():
+		return nil, errClosed
+	}
+	r, err := b.body(ctx, dgst, offset)
+	if err != nil {
+		<-b.bodies
+		return nil, err
+	}
+	r.leave = func() { <-b.bodies }
+	return r, nil
+}
+
+// Manifest is Blob, from its beginning on, for what is small: it waits for no download.
+func (b *Bucket) Manifest(ctx context.Context, dgst digest.Digest) (*Body, error) {
+	return b.body(ctx, dgst, 0)
+}
+
+// body opens a blob.
+func (b *Bucket) body(ctx context.Context, dgst digest.Digest, offset int64) (*Body, error) {
 	name := blobName(dgst)
 	if b.wrong.has(dgst) {
 		return nil, errNone(name)
@@ -63,10 +91,12 @@ func (b *Bucket) Blob(ctx context.Context, dgst digest.Digest, offset int64) (*B
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
-	r := &Body{b: b, name: name, pass: p, offset: offset}
+	defer p.leave() // the header is what others wait for
+	r := &Body{b: b, name: name, pass: p, offset: offset, leave: func() {}}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
 	r.unhook = context.AfterFunc(b.ctx, func() { r.cancel(errClosed) })
 	if err := r.open(headerLimit - time.Since(begun)); err != nil {
+		err = p.unhurried(err)
 		p.settle(judge(err), err)
 		_ = r.Close()
 		if absent(err) {
@@ -230,6 +260,7 @@ func (r *Body) Close() error {
 	if r.err == nil {
 		r.err = errClosed
 	}
-	r.pass.leave()
+	r.leave()
+	r.leave = func() {}
 	return nil
 }

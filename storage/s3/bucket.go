@@ -34,9 +34,10 @@ var (
 	errClosed   = errors.New("the shared store is closed")
 )
 
-// How many requests go on at a time. A download counts as one, with all of its ranges.
+// How many requests go on at a time, and how many downloads, each with all of its ranges.
 const (
 	maxReads  = 128
+	maxBodies = 128
 	maxWrites = 16
 )
 
@@ -116,6 +117,7 @@ type Bucket struct {
 	keys   keyring
 	reads  *gate
 	writes *gate
+	bodies chan struct{} // of blobs that are on their way: they take no turn from what is small
 	tags   *tagMemory
 	wrong  *distrusted
 	chunks buffers // of ranges that are read ahead
@@ -158,6 +160,7 @@ func newBucket(cfg Config, transport http.RoundTripper) (*Bucket, error) {
 		wrong:  &distrusted{},
 		chunks: newBuffers(readAhead, rangeSize),
 		parts:  newBuffers(maxParts, partSize),
+		bodies: make(chan struct{}, maxBodies),
 		ctx:    ctx,
 		stop:   stop,
 	}

@@ -85,8 +85,17 @@ func (g *gate) current() (era int, err error) {
 // pass is the right to make a request.
 type pass struct {
 	*gate
-	era   int
-	leave func() // gives the slot back; may be called twice
+	era    int
+	waited bool   // for others' requests, which leaves less time for this one
+	leave  func() // gives the slot back; may be called twice
+}
+
+// unhurried holds it against nobody that a request was too slow which had not all of its time.
+func (p pass) unhurried(err error) error {
+	if p.waited && errors.Is(err, errSlow) {
+		return &ownError{err}
+	}
+	return err
 }
 
 // enter waits for a slot. It fails at once while the gate is open.
@@ -94,10 +103,16 @@ func (g *gate) enter(ctx context.Context) (pass, error) {
 	if err := g.refusal(); err != nil {
 		return pass{}, err
 	}
+	waited := false
 	select {
 	case g.slots <- struct{}{}:
-	case <-ctx.Done():
-		return pass{}, fmt.Errorf("too many %s: %w", g.name, context.Cause(ctx))
+	default:
+		waited = true
+		select {
+		case g.slots <- struct{}{}:
+		case <-ctx.Done():
+			return pass{}, fmt.Errorf("too many %s: %w", g.name, context.Cause(ctx))
+		}
 	}
 	leave := sync.OnceFunc(func() { <-g.slots })
 	era, err := g.current() // it may have opened meanwhile
@@ -105,7 +120,7 @@ func (g *gate) enter(ctx context.Context) (pass, error) {
 		leave()
 		return pass{}, err
 	}
-	return pass{g, era, leave}, nil
+	return pass{g, era, waited, leave}, nil
 }
 
 // settle notes how a request went. What began before the gate opened or closed says nothing any more.

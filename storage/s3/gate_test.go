@@ -1,6 +1,7 @@
 package s3
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io/fs"
@@ -11,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 var refused = func(*http.Request) (*http.Response, error) {
@@ -248,6 +251,86 @@ func TestTooManyReads(t *testing.T) {
 		}
 		if h := b.Health(); h.Failures != maxReads {
 			t.Errorf("%+v", h)
+		}
+	})
+}
+
+// What had to wait for others' requests has less than its time left: if that is not enough, the bucket is not out.
+func TestQueueIsNotTheBuckets(t *testing.T) {
+	credentials(t)
+	synctest.Test(t, func(t *testing.T) {
+		m := &memory{fault: func(r *http.Request) (*http.Response, error) {
+			select {
+			case <-time.After(300 * time.Millisecond):
+				return nil, nil
+			case <-r.Context().Done():
+				return nil, r.Context().Err()
+			}
+		}}
+		b := m.connect(t)
+		defer b.Close()
+		for range maxReads {
+			p, err := b.reads.enter(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.AfterFunc(headerLimit-200*time.Millisecond, p.leave)
+		}
+		if _, err := b.Content(t.Context(), app, someDigest, PublicFirst); !errors.Is(err, errSlow) {
+			t.Errorf("%v", err)
+		}
+		if h := b.Health(); h.Reads.Open || h.Failures > 0 {
+			t.Errorf("a bucket that answers in 300 ms is out: %+v", h)
+		}
+	})
+}
+
+// Downloads take no turns from records and manifests, and wait for one another as long as it takes.
+func TestDownloadsLeaveRecordsAlone(t *testing.T) {
+	credentials(t)
+	synctest.Test(t, func(t *testing.T) {
+		m := &memory{objects: map[string]stored{}}
+		b := m.connect(t)
+		defer b.Close()
+		raw := []byte("a blob")
+		dgst := digest.FromBytes(raw)
+		if err := b.PutBlob(t.Context(), dgst, int64(len(raw)), bytes.NewReader(raw)); err != nil {
+			t.Fatal(err)
+		}
+		var open []*Body
+		for range maxBodies {
+			body, err := b.Blob(t.Context(), dgst, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			open = append(open, body)
+		}
+		waited := took(func() {
+			if _, err := b.Content(t.Context(), app, dgst, PublicFirst); !errors.Is(err, fs.ErrNotExist) {
+				t.Error(err)
+			}
+			body, err := b.Manifest(t.Context(), dgst)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = body.Close()
+		})
+		if waited > 0 {
+			t.Errorf("a record and a manifest waited %v for downloads", waited)
+		}
+		time.AfterFunc(time.Minute, func() { _ = open[0].Close() })
+		waited = took(func() {
+			body, err := b.Blob(t.Context(), dgst, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			open = append(open, body)
+		})
+		if waited != time.Minute {
+			t.Errorf("a download waited %v for its turn", waited)
+		}
+		for _, body := range open[1:] {
+			_ = body.Close()
 		}
 	})
 }

@@ -38,7 +38,7 @@ const (
 // errSlow is the cause of the end of a request that took too long.
 var errSlow = errors.New("no answer in time")
 
-// once makes one request, within a limit.
+// once makes one request, within a limit that its turn is waited for in too.
 func once[T any](ctx context.Context, g *gate, limit time.Duration, ask func(context.Context) (T, error)) (T, error) {
 	ctx, cancel := g.b.bounded(ctx, limit)
 	defer cancel()
@@ -50,7 +50,7 @@ func once[T any](ctx context.Context, g *gate, limit time.Duration, ask func(con
 	defer p.leave()
 	out, err := ask(ctx)
 	if err != nil {
-		err = explain(ctx, err)
+		err = p.unhurried(explain(ctx, err))
 	}
 	p.settle(judge(err), err)
 	return out, err
@@ -123,10 +123,10 @@ func judge(err error) verdict {
 	switch code := status(err); {
 	case err == nil:
 		return good
-	case errors.Is(err, errSlow):
-		return hopeless
 	case errors.As(err, new(*ownError)):
 		return none
+	case errors.Is(err, errSlow):
+		return hopeless
 	case code == http.StatusNotFound && !headed(err) && (!errors.As(err, &api) || !slices.Contains(notThere, api.ErrorCode())):
 		return bad // NoSuchBucket, an unknown account, or no S3 server at all
 	case code == http.StatusNotModified, code == http.StatusNotFound, code == http.StatusConflict,
