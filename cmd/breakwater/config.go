@@ -72,7 +72,7 @@ func configurable(cmd *cobra.Command) (load func() (*config.Config, error)) {
 }
 
 func dataFlag(cmd *cobra.Command) {
-	cmd.Flags().String("data", "", "`FOLDER` of the store (default /var/lib/breakwater for root, else in the user's cache)")
+	cmd.Flags().String("data", "", "`FOLDER` of the store (default $STATE_DIRECTORY, which systemd and the image set, else /var/lib/breakwater for root, and one in the user's cache for others)")
 }
 
 // overrides are the flags that override the configuration.

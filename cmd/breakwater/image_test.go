@@ -31,14 +31,19 @@ func TestImage(t *testing.T) {
 		name  string
 		start func(*testing.T, *host) engine
 		user  []string
-	}{{"podman", podmanEngine, nil}, {"docker", dockerEngine, []string{"--user=65532"}}} {
+		data  string // in the volume, as the configuration says, which is silent if that is ""
+	}{{"podman", podmanEngine, nil, ""}, {"docker", dockerEngine, []string{"--user=65532"}, "moved"}} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			dist, _ := packed(t)
 			h := newHost(t, row.name, "skopeo")
 			up := h.upstream(t)
 			images := up.push(t, "org/image", "latest", greeter(t, 1))
-			config := h.write(t, "breakwater.yaml", mirrored)
+			text := mirrored
+			if row.data != "" {
+				text += "data: /var/lib/breakwater/" + row.data + "\n"
+			}
+			config := h.write(t, "breakwater.yaml", text)
 			if err := os.Chmod(config, 0o644); err != nil {
 				t.Fatal(err)
 			}
@@ -75,7 +80,7 @@ func TestImage(t *testing.T) {
 					t.Errorf("ended: %v", err)
 				}
 			}
-			stored, err := os.Stat(filepath.Join(e.volumes(), "store", "_data", "oci-layout"))
+			stored, err := os.Stat(filepath.Join(e.volumes(), "store", "_data", row.data, "oci-layout"))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -85,6 +85,7 @@ func TestPackage(t *testing.T) {
 		})
 	})
 	m.pull(t, images) // stale
+	t.Run("moved", m.testMoved)
 	t.Run("with docker", m.testWithDocker)
 	t.Run("hung", m.testHung)
 	t.Run("broken", m.testBroken)
@@ -162,6 +163,16 @@ func (m *machine) whileAsking(t *testing.T, do func()) {
 			return
 		default:
 		}
+	}
+}
+
+// testMoved gives it another data folder by its configuration.
+func (m *machine) testMoved(t *testing.T) {
+	const data = "/var/lib/breakwater/moved"
+	m.put(t, "/etc/breakwater/breakwater.yaml", mirrored+"data: "+data+"\n")
+	m.run(t, "systemctl", "restart", "breakwater.service")
+	if !m.has(data + "/oci-layout") {
+		t.Errorf("it stores nothing in %s", data)
 	}
 }
 

@@ -107,7 +107,7 @@ func (r *release) imageFor(l layout, arch string) (v1.Descriptor, error) {
 		Platform: v1.Platform{OS: "linux", Architecture: arch},
 		Config: v1.ImageConfig{
 			User:       fmt.Sprintf("%d:%[1]d", uid),
-			Env:        []string{"PATH=/usr/bin", "BREAKWATER_DATA=" + dataFolder},
+			Env:        []string{"PATH=/usr/bin", "STATE_DIRECTORY=" + dataFolder},
 			Entrypoint: []string{"/usr/bin/breakwater"},
 			Cmd:        []string{"serve"},
 			Volumes:    map[string]struct{}{dataFolder: {}},

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -199,7 +200,7 @@ func defaultTags() Tags {
 }
 
 // defaultData is the system's folder for root and the user's cache folder for others; "" if there is
-// none, which Validate refuses.
+// none, which Validate refuses. One that systemd has made goes before it (stateFolder).
 func defaultData() string {
 	if os.Geteuid() == 0 {
 		return "/var/lib/breakwater"
@@ -209,6 +210,22 @@ func defaultData() string {
 		return ""
 	}
 	return filepath.Join(cache, "breakwater")
+}
+
+// stateFolder is the folder that systemd has made for us (StateDirectory=, systemd.exec(5)), the first of
+// several, and that the image names in the same way; "" if there is none. What a build agent hands down to
+// the commands that it runs is a folder of its own: systemd says for whose process the variable is meant.
+func stateFolder(environ []string) string {
+	values := map[string]string{}
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		values[name] = value
+	}
+	if pid := values["SYSTEMD_EXEC_PID"]; pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return ""
+	}
+	first, _, _ := strings.Cut(values["STATE_DIRECTORY"], ":")
+	return first
 }
 
 // NamesRegistry tells quay.io/org from a user of the Hub, by what stands before the first slash: a dot, a

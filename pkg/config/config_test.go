@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -146,6 +147,34 @@ func TestOverrides(t *testing.T) {
 	}
 	if c, err = load("", nil, nil, map[string]string{"data": "here"}); err != nil || !filepath.IsAbs(c.Data) {
 		t.Errorf("%v, %v", c, err)
+	}
+}
+
+func TestDefaultData(t *testing.T) {
+	usual := defaults().Data
+	itself := strconv.Itoa(os.Getpid())
+	for _, tt := range []struct {
+		environ []string
+		want    string
+	}{
+		{nil, usual},
+		{[]string{"STATE_DIRECTORY="}, usual},
+		{[]string{"STATE_DIRECTORY=/var/lib/bw"}, "/var/lib/bw"},
+		{[]string{"STATE_DIRECTORY=/var/lib/bw:/var/lib/more", "SYSTEMD_EXEC_PID=" + itself}, "/var/lib/bw"},
+		// Of the service that has started us, such as a build agent.
+		{[]string{"STATE_DIRECTORY=/var/lib/agent", "SYSTEMD_EXEC_PID=" + itself + "0"}, usual},
+		{[]string{"STATE_DIRECTORY=/var/lib/bw", "BREAKWATER_DATA=/srv/bw"}, "/srv/bw"},
+	} {
+		c, err := load("", nil, tt.environ, nil)
+		if err != nil || c.Data != tt.want || c.Control != filepath.Join(tt.want, "control.sock") {
+			t.Errorf("%v: %v %v, want %s", tt.environ, c, err, tt.want)
+		}
+	}
+	if c, err := load("c.yaml", []byte("data: /srv/bw\n"), []string{"STATE_DIRECTORY=/var/lib/bw"}, nil); err != nil || c.Data != "/srv/bw" {
+		t.Errorf("over a file: %v, %v", c, err)
+	}
+	if c, err := load("", nil, []string{"STATE_DIRECTORY=bw"}, nil); err != nil || !filepath.IsAbs(c.Data) || filepath.Base(c.Data) != "bw" {
+		t.Errorf("a relative one: %v, %v", c, err)
 	}
 }
 

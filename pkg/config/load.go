@@ -20,7 +20,8 @@ import (
 
 // Load is the configuration that follows from the file at path, none if that is "", then from the
 // variables of environ (NAME=value, as os.Environ has them) that begin with BREAKWATER_, then from
-// flags by their names (log-format). Its error joins all problems, one a line.
+// flags by their names (log-format). STATE_DIRECTORY of environ is the data folder where none of these names
+// one. Its error joins all problems, one a line.
 func Load(path string, environ []string, flags map[string]string) (*Config, error) {
 	var text []byte
 	if path != "" {
@@ -35,6 +36,9 @@ func Load(path string, environ []string, flags map[string]string) (*Config, erro
 // load is Load with the file already read.
 func load(path string, text []byte, environ []string, flags map[string]string) (*Config, error) {
 	c, p := defaults(), newProblems()
+	if state := stateFolder(environ); state != "" {
+		c.Data = state
+	}
 	if path != "" {
 		p.places[""] = place{source: path}
 		c.readFile(path, text, p)
