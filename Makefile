@@ -7,7 +7,7 @@ build:
 	go build -trimpath -o bin/breakwater ./cmd/breakwater
 
 run: build
-	bin/breakwater serve
+	bin/breakwater serve --config ''
 
 test:
 	testdata/install.sh

@@ -87,7 +87,7 @@ func (s *serviceManager) mirror(t *testing.T, args ...string) *exec.Cmd {
 	if s.watchdog > 0 {
 		variables = append(variables, "WATCHDOG_USEC="+strconv.FormatInt(s.watchdog.Microseconds(), 10))
 	}
-	args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$@"`, "sh", binary(t), "serve", "--data", filepath.Join(s.dir, "data"), "--log-format", "text"}, args...)
+	args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$@"`, "sh", binary(t), "serve", "--config", "", "--data", filepath.Join(s.dir, "data"), "--log-format", "text"}, args...)
 	ctx, cancel := context.WithTimeout(t.Context(), patience) // one that ought to be refused could run on
 	t.Cleanup(cancel)
 	cmd := s.command(ctx, variables, args...)
@@ -184,7 +184,7 @@ func TestSocketActivate(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, "systemd-socket-activate")
 	cmd := h.command(t.Context(), nil, "systemd-socket-activate", "--listen="+mirrorAddr, "--fdname=listen",
-		binary(t), "serve", "--data", filepath.Join(h.dir, "data"))
+		binary(t), "serve", "--config", "", "--data", filepath.Join(h.dir, "data"))
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := h.start(cmd); err != nil {

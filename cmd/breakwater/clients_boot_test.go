@@ -80,7 +80,7 @@ func (m *member) degraded(t *testing.T, reason string) {
 		}
 		return nil
 	})
-	status, err := m.output(m.command(t.Context(), nil, m.breakwater(t), "status", "--data", m.data()))
+	status, err := m.output(m.command(t.Context(), nil, m.breakwater(t), "status", "--config", "", "--data", m.data()))
 	if err != nil || !strings.Contains(status, "out since ") {
 		t.Errorf("status: %s, %v, want to be told that the shared store is out", status, err)
 	}

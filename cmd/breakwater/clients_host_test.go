@@ -191,11 +191,11 @@ const (
 func (h *host) serve(t *testing.T, config string) *mirror {
 	t.Helper()
 	m := &mirror{ended: make(chan struct{})}
-	args := []string{h.breakwater(t), "serve", "--data", h.data()}
+	file := ""
 	if config != "" {
-		args = append(args, "--config", h.write(t, "config.yaml", config))
+		file = h.write(t, "config.yaml", config)
 	}
-	m.cmd = h.command(t.Context(), nil, args...)
+	m.cmd = h.command(t.Context(), nil, h.breakwater(t), "serve", "--data", h.data(), "--config", file)
 	out, in, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

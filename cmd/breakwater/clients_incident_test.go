@@ -210,7 +210,7 @@ func TestF44IncidentFastClock(t *testing.T) {
 	if err != nil || ready.status != http.StatusOK || !tenFast.MatchString(ready.body) {
 		t.Errorf("/readyz: %d %s, %v, want to be told of the clock", ready.status, ready.body, err)
 	}
-	if said, err := fast.output(fast.command(t.Context(), nil, binary(t), "status", "--data", fast.data())); err != nil || !tenFast.MatchString(said) {
+	if said, err := fast.output(fast.command(t.Context(), nil, binary(t), "status", "--config", "", "--data", fast.data())); err != nil || !tenFast.MatchString(said) {
 		t.Errorf("status says %s, %v, want to be told of the clock", said, err)
 	}
 

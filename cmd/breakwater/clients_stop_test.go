@@ -128,7 +128,7 @@ func TestF68TwoMirrorsOnOneFolder(t *testing.T) {
 	m := h.serve(t, mirrored)
 	folder := filepath.Join(h.dir, "data")
 	begin := time.Now()
-	out, err := h.output(h.command(t.Context(), nil, binary(t), "serve",
+	out, err := h.output(h.command(t.Context(), nil, binary(t), "serve", "--config", "",
 		"--listen", "127.0.0.1:6000", "--admin", "127.0.0.1:6001", "--data", folder))
 	if err == nil || !strings.Contains(out, folder) || !strings.Contains(out, "in use") {
 		t.Errorf("%v: %s, want to be told that %s is in use", err, out, folder)

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
@@ -13,7 +15,11 @@ import (
 	"github.com/spf13/pflag"
 )
 
-func configCommand() *cobra.Command {
+// usualFile is a host's configuration, which packages bring.
+const usualFile = "/etc/breakwater/breakwater.yaml"
+
+// configCommand and the other commands read the file usual where nobody names one, if it is there.
+func configCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "config",
 		Short: "Check, show and describe the configuration",
@@ -25,10 +31,12 @@ func configCommand() *cobra.Command {
 	cmd.AddCommand(&cobra.Command{
 		Use:     "check [FILE]",
 		Short:   "Say what is wrong with a configuration, all of it, with file and line",
+		Long:    "Say what is wrong with a configuration, all of it, with file and line. " + withoutFile(usual),
 		Example: "  breakwater config check breakwater.yaml",
 		Args:    oneFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, err := config.Load(fileOf(args), os.Environ(), nil)
+			file := fileOf(args, usual)
+			cfg, err := config.Load(file, os.Environ(), nil)
 			if err == nil {
 				_, err = openCertificate(cfg, slog.New(slog.DiscardHandler))
 			}
@@ -38,16 +46,17 @@ func configCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the configuration is good")
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the configuration is good (%s)\n", orNone(file))
 			return err
 		},
 	}, &cobra.Command{
 		Use:     "show [FILE]",
 		Short:   "Print the configuration in force: file and environment over defaults, no secrets",
+		Long:    "Print the configuration in force: file and environment over defaults, no secrets. " + withoutFile(usual),
 		Example: "  BREAKWATER_LISTEN=127.0.0.1:6000 breakwater config show breakwater.yaml",
 		Args:    oneFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, err := config.Load(fileOf(args), os.Environ(), nil)
+			cfg, err := config.Load(fileOf(args, usual), os.Environ(), nil)
 			if err != nil {
 				return err
 			}
@@ -63,12 +72,11 @@ func configCommand() *cobra.Command {
 	return cmd
 }
 
-// configurable adds the flags that every command needs which deals with a mirror or its store. load is to
-// be called when the command runs.
-func configurable(cmd *cobra.Command) (load func() (*config.Config, error)) {
+// configurable adds the flags that every command needs which deals with a mirror or its store.
+func configurable(cmd *cobra.Command, usual string) *source {
 	dataFlag(cmd)
 	cmd.Flags().String("control", "", "`PATH` of the control socket (default control.sock in the data folder)")
-	return configFlag(cmd)
+	return configFlag(cmd, usual)
 }
 
 func dataFlag(cmd *cobra.Command) {
@@ -78,18 +86,49 @@ func dataFlag(cmd *cobra.Command) {
 // overrides are the flags that override the configuration.
 var overrides = []string{"listen", "admin", "control", "data", "capacity", "log-format", "log-level"}
 
+// source is where a command's configuration comes from.
+type source struct {
+	cmd  *cobra.Command
+	file string // named by --config, or the usual one
+	read string // the file that was read last; "" is none
+}
+
 // configFlag adds the flag that names a configuration, which the command's other flags may override.
-func configFlag(cmd *cobra.Command) (load func() (*config.Config, error)) {
-	file := cmd.Flags().String("config", "", "configuration `FILE` (default: none, which is a good configuration)")
-	return func() (*config.Config, error) {
-		flags := map[string]string{}
-		cmd.Flags().Visit(func(f *pflag.Flag) {
-			if slices.Contains(overrides, f.Name) {
-				flags[f.Name] = f.Value.String()
-			}
-		})
-		return config.Load(*file, os.Environ(), flags)
+func configFlag(cmd *cobra.Command, usual string) *source {
+	s := &source{cmd: cmd}
+	cmd.Flags().StringVar(&s.file, "config", usual, "configuration `FILE`, '' for none; the default one need not be there")
+	return s
+}
+
+// load reads the configuration, again if it has before. The usual file is read if it is there, and has to
+// stay there once it has been read: it does not vanish from a mirror that runs.
+func (s *source) load() (*config.Config, error) {
+	flags := map[string]string{}
+	s.cmd.Flags().Visit(func(f *pflag.Flag) {
+		if slices.Contains(overrides, f.Name) {
+			flags[f.Name] = f.Value.String()
+		}
+	})
+	file := s.file
+	if !s.cmd.Flags().Changed("config") && s.read == "" {
+		file = ifThere(file)
 	}
+	cfg, err := config.Load(file, os.Environ(), flags)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("%w; run this as a user who may read it, or name another file with --config, and none with --config ''", err)
+	}
+	if err == nil {
+		s.read = file
+	}
+	return cfg, err
+}
+
+// ifThere is the file, or "" if there is none.
+func ifThere(file string) string {
+	if _, err := os.Lstat(file); errors.Is(err, fs.ErrNotExist) {
+		return ""
+	}
+	return file
 }
 
 func printCommand(use, short string, text func() []byte) *cobra.Command {
@@ -105,9 +144,22 @@ func printCommand(use, short string, text func() []byte) *cobra.Command {
 	}
 }
 
-func fileOf(args []string) string {
+func fileOf(args []string, usual string) string {
 	if len(args) == 0 {
-		return ""
+		return ifThere(usual)
 	}
 	return args[0]
+}
+
+// withoutFile says what a command of the configuration reads that is given no file.
+func withoutFile(usual string) string {
+	return "Without FILE it is " + usual + " if that is there, else no file, as with ''."
+}
+
+// orNone is what people are told of a file that may be none.
+func orNone(file string) string {
+	if file == "" {
+		return "no file"
+	}
+	return file
 }

@@ -318,7 +318,7 @@ func TestSocketPeers(t *testing.T) {
 	stranger := syscall.Credential{Uid: 65534, Gid: 65534}
 	ask := func(who *syscall.Credential) (int, string) {
 		t.Helper()
-		code, _, said := runAs(t, who, program, "status", "--data", "/nonexistent", "--control", socket)
+		code, _, said := runAs(t, who, program, "status", "--config", "", "--data", "/nonexistent", "--control", socket)
 		return code, said
 	}
 	if code, said := ask(&stranger); code != 1 || !strings.Contains(said, "permission denied: run this as root") {

@@ -54,7 +54,7 @@ func TestImage(t *testing.T) {
 					up.kill()
 				}
 				cmd := e.command(t, slices.Concat([]string{"run"}, row.user, []string{"--rm", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=host",
-					"--volume=store:/var/lib/breakwater", "--volume=" + config + ":/etc/breakwater.yaml:ro", image, "serve", "--config=/etc/breakwater.yaml"})...)
+					"--volume=store:/var/lib/breakwater", "--volume=" + config + ":/etc/breakwater/breakwater.yaml:ro", image})...)
 				log, err := os.Create(filepath.Join(h.dir, "run.log"))
 				if err != nil {
 					t.Fatal(err)

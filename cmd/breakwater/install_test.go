@@ -52,7 +52,9 @@ func TestPackage(t *testing.T) {
 	if state, _ := m.try("systemctl", "is-enabled", "breakwater.socket", "breakwater.service"); strings.Contains(state, "enabled") {
 		t.Errorf("enabled without having been asked for: %s", state)
 	}
-	m.run(t, "breakwater", "config", "check", "/etc/breakwater/breakwater.yaml")
+	if said := m.run(t, "breakwater", "config", "check"); !strings.Contains(said, "/etc/breakwater/breakwater.yaml") {
+		t.Errorf("checked: %s", said)
+	}
 	m.run(t, "systemd-analyze", "verify", "--man=no", "/usr/lib/systemd/system/breakwater.service", "/usr/lib/systemd/system/breakwater.socket")
 	m.run(t, "systemd-analyze", "security", "--offline=yes", "--threshold="+exposed, "/usr/lib/systemd/system/breakwater.service")
 
@@ -64,6 +66,7 @@ func TestPackage(t *testing.T) {
 	if status := m.run(t, "breakwater", "status"); !strings.Contains(status, "quay.io") {
 		t.Errorf("status says\n%s", status)
 	}
+	t.Run("commands", m.testCommands)
 	up.kill()
 	t.Run("restart", func(t *testing.T) {
 		m.whileAsking(t, func() { m.run(t, "systemctl", "restart", "breakwater.service") })
@@ -162,6 +165,24 @@ func (m *machine) whileAsking(t *testing.T, do func()) {
 			t.Logf("%d requests", asked)
 			return
 		default:
+		}
+	}
+}
+
+// testCommands has commands find the service's configuration by themselves, or say why they cannot read it.
+func (m *machine) testCommands(t *testing.T) {
+	if said := m.run(t, "breakwater", "setup", "containerd"); !strings.Contains(said, "/quay.io/") || strings.Contains(said, "/ghcr.io/") {
+		t.Errorf("not the registries of the configuration:\n%s", said)
+	}
+	const file = "/etc/breakwater/breakwater.yaml"
+	m.run(t, "chmod", "600", file)
+	defer m.run(t, "chmod", "644", file)
+	for args, want := range map[string]string{
+		"status": file + ": permission denied; run this as a user who may read it, or name another file with --config",
+		"status --config= --control=/var/lib/breakwater/control.sock": "control socket /var/lib/breakwater/control.sock: permission denied",
+	} {
+		if said, err := m.try(append([]string{"runuser", "--user=nobody", "--", "breakwater"}, strings.Fields(args)...)...); err == nil || !strings.Contains(said, want) {
+			t.Errorf("%s: %v, want %q:\n%s", args, err, want, said)
 		}
 	}
 }
@@ -375,7 +396,7 @@ func TestPackagedConfiguration(t *testing.T) {
 		}
 		return out
 	}
-	if diff := cmp.Diff(show(), show(h.write(t, "as-is.yaml", string(raw)))); diff != "" {
+	if diff := cmp.Diff(show(""), show(h.write(t, "as-is.yaml", string(raw)))); diff != "" {
 		t.Errorf("it is not the default: %s", diff)
 	}
 	_, suggested, _ := strings.Cut(string(raw), "\n\n") // what is above tells about the file

@@ -19,7 +19,7 @@ var version = "devel"
 type usageError struct{ error }
 
 func main() {
-	err := rootCommand().Execute()
+	err := rootCommand(usualFile).Execute()
 	if err == nil {
 		return
 	}
@@ -30,7 +30,7 @@ func main() {
 	os.Exit(1)
 }
 
-func rootCommand() *cobra.Command {
+func rootCommand(usual string) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "breakwater",
 		Short: "A pull-through registry mirror that outlives its registries",
@@ -50,7 +50,7 @@ nobody has ever pulled.`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), setupCommand(), warmCommand(), rmCommand(), verifyCommand(), statusCommand(), sharedCommand(), configCommand(), manCommand(), versionCommand())
+	root.AddCommand(serveCommand(usual), setupCommand(usual), warmCommand(usual), rmCommand(usual), verifyCommand(usual), statusCommand(usual), sharedCommand(usual), configCommand(usual), manCommand(), versionCommand())
 	return root
 }
 

@@ -17,7 +17,7 @@ import (
 	"github.com/vbauerster/mpb/v8/decor"
 )
 
-func rmCommand() *cobra.Command {
+func rmCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rm IMAGE…",
 		Short: "Delete images from the store",
@@ -29,11 +29,11 @@ The next pull fetches the image again: this frees space, and takes back what was
 		Example: `  breakwater rm quay.io/org/app:v1
   breakwater rm alpine:3 docker.io/library/busybox
   breakwater rm quay.io/org/app@sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
-  breakwater rm --config /etc/breakwater/config.yaml --output json alpine:3
+  breakwater rm --config breakwater.yaml --output json alpine:3
   breakwater rm --offline alpine:3                  # without a mirror that runs`,
 		Args: someImages,
 	}
-	load, output := configurable(cmd), outputFlag(cmd.Flags())
+	load, output := configurable(cmd, usual).load, outputFlag(cmd.Flags())
 	offline := cmd.Flags().Bool("offline", false, "open the store itself: no mirror runs on it")
 	cmd.RunE = func(cmd *cobra.Command, images []string) error {
 		cfg, err := load()

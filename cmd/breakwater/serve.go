@@ -33,7 +33,7 @@ const (
 	stopTimeout = 30 * time.Second
 )
 
-func serveCommand() *cobra.Command {
+func serveCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the mirror",
@@ -44,12 +44,13 @@ Started by systemd it takes the sockets that a socket unit has opened (FileDescr
 if they are where the configuration says, and tells when it is ready, reloads, stops, and that it still
 answers (Type=notify, WatchdogSec=).`,
 		Example: `  breakwater serve
-  breakwater serve --config /etc/breakwater/breakwater.yaml
+  breakwater serve --config breakwater.yaml
+  breakwater serve --config ''                      # the defaults, whatever this host has in /etc
   breakwater serve --listen 127.0.0.1:6000 --data /var/cache/breakwater`,
 		Args: noArguments,
 	}
-	load := configurable(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), load, cmd.ErrOrStderr()) }
+	source := configurable(cmd, usual)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), source, cmd.ErrOrStderr()) }
 	cmd.Flags().String("listen", "", "`ADDRESS` of the registry API (default 127.0.0.1:5000)")
 	cmd.Flags().String("admin", "", "`ADDRESS` of health and metrics (default 127.0.0.1:5001)")
 	cmd.Flags().String("capacity", "", "`SIZE` of the store: 50GiB, 80%, auto")
@@ -59,12 +60,13 @@ answers (Type=notify, WatchdogSec=).`,
 }
 
 // serve runs the mirror until a signal ends it.
-func serve(ctx context.Context, load func() (*config.Config, error), out io.Writer) error {
-	cfg, err := load()
+func serve(ctx context.Context, source *source, out io.Writer) error {
+	cfg, err := source.load()
 	if err != nil {
 		return err
 	}
 	logger := newLogger(cfg.Log, out)
+	logger.Info("starting", "version", buildVersion(), "config", orNone(source.read))
 	certificate, err := openCertificate(cfg, logger)
 	if err != nil {
 		return err
@@ -131,7 +133,7 @@ func serve(ctx context.Context, load func() (*config.Config, error), out io.Writ
 		systemd.watch(watched, map[string]string{api.Addr().String(): "/v2/", admin.Addr().String(): "/readyz"})
 	})
 	err = untilStopped(ctx, signals, failed, func() {
-		systemd.reload(func() string { return running.reload(load) })
+		systemd.reload(func() string { return running.reload(source.load) })
 	})
 	systemd.tell(daemon.SdNotifyStopping, "STATUS=stopping, downloads may go on for "+stopTimeout.String())
 	unwatch()

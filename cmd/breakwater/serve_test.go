@@ -12,12 +12,12 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"breakwater/pkg/config"
 	"breakwater/pkg/registrytest"
 )
 
@@ -29,13 +29,12 @@ type served struct {
 	log           <-chan map[string]any
 }
 
-// startServe runs serve with the configuration until the test ends.
+// startServe runs serve with the configuration, which is the host's, until the test ends.
 func startServe(t *testing.T, yaml string) *served {
 	t.Helper()
 	dir := t.TempDir()
 	s := &served{T: t, file: filepath.Join(dir, "config.yaml")}
 	s.write(yaml)
-	flags := map[string]string{"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "data": filepath.Join(dir, "data"), "log-format": "json"}
 	out, in := io.Pipe()
 	lines := make(chan map[string]any, 1000)
 	s.log = lines
@@ -50,9 +49,12 @@ func startServe(t *testing.T, yaml string) *served {
 		}
 	}()
 	ctx, cancel := context.WithCancel(context.Background())
+	cmd := rootCommand(s.file)
+	cmd.SetArgs([]string{"serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data", filepath.Join(dir, "data"), "--log-format", "json"})
+	cmd.SetErr(io.MultiWriter(registrytest.Watch(t), in))
 	ended := make(chan error, 1)
 	go func() {
-		ended <- serve(ctx, func() (*config.Config, error) { return config.Load(s.file, nil, flags) }, io.MultiWriter(registrytest.Watch(t), in))
+		ended <- cmd.ExecuteContext(ctx)
 		_ = in.Close()
 	}()
 	t.Cleanup(func() {
@@ -61,6 +63,9 @@ func startServe(t *testing.T, yaml string) *served {
 			t.Error(err)
 		}
 	})
+	if first := <-s.log; first["msg"] != "starting" || first["config"] != s.file {
+		t.Errorf("the first line does not say which file is read: %v", first)
+	}
 	line := s.await("serving")
 	s.listen, _ = line["listen"].(string)
 	s.admin, _ = line["admin"].(string)
@@ -119,6 +124,13 @@ func TestReloadByHangup(t *testing.T) {
 	s.write("registries: [\n")
 	hangup(t)
 	s.await("configuration not reloaded")
+	if err := os.Remove(s.file); err != nil {
+		t.Fatal(err)
+	}
+	hangup(t)
+	if line := s.await("configuration"); line["msg"] != "configuration not reloaded; the old one stays in force" {
+		t.Errorf("without the file that was read: %v", line)
+	}
 	s.write(one + ", quay.test: {upstreams: [{url: \"" + reg.Start(t).URL + "\"}]}}\n")
 	hangup(t)
 	s.await("configuration reloaded")
@@ -235,6 +247,57 @@ func TestTLS(t *testing.T) {
 	}
 }
 
+// TestUsualFile holds which file commands read: the host's, if it is there, unless they are told of another.
+func TestUsualFile(t *testing.T) {
+	dir := t.TempDir()
+	usual, other, missing := filepath.Join(dir, "usual.yaml"), filepath.Join(dir, "other.yaml"), filepath.Join(dir, "missing.yaml")
+	for file, text := range map[string]string{usual: "lisen: x\n", other: "lisen: y\n"} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(host string, args ...string) string {
+		var out bytes.Buffer
+		cmd := rootCommand(host)
+		cmd.SetArgs(args)
+		cmd.SetOut(&out)
+		cmd.SetErr(&out)
+		if err := cmd.Execute(); err != nil {
+			out.WriteString(err.Error())
+		}
+		return out.String()
+	}
+	nowhere := " --data " + dir + "/usual.yaml/data" // below a file: nothing is made
+	for _, command := range []string{"status" + nowhere, "verify" + nowhere, "rm org/app" + nowhere, "warm org/app --mirror http://127.0.0.1:9", "shared gc", "setup containerd --certs-d " + dir,
+		"setup data --owner 0:0" + nowhere, "serve --listen 127.0.0.1:0 --admin 127.0.0.1:0" + nowhere, "config check", "config show"} {
+		args := strings.Fields(command)
+		reading := func(file string) []string {
+			if args[0] == "config" {
+				return append(slices.Clone(args), file)
+			}
+			return append(slices.Clone(args), "--config", file)
+		}
+		const wrong = "lisen: unknown"
+		for _, row := range []struct {
+			what, said, want string
+			wrong            bool
+		}{
+			{"usual", run(usual, args...), usual + ":1", true},
+			{"other", run(usual, reading(other)...), other + ":1", true},
+			{"named and missing", run(usual, reading(missing)...), missing + ": no such file", false},
+			{"none", run(usual, reading("")...), "", false},
+			{"no usual one", run(missing, args...), "", false},
+		} {
+			if !strings.Contains(row.said, row.want) || strings.Contains(row.said, wrong) != row.wrong || strings.Contains(row.said, missing) != strings.Contains(row.want, missing) {
+				t.Errorf("%s, %s: said\n%s", command, row.what, row.said)
+			}
+		}
+	}
+	if said := run(usual, "config", "check", ""); !strings.Contains(said, "the configuration is good (no file)") {
+		t.Errorf("config check '': %s", said)
+	}
+}
+
 func TestCommands(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {
@@ -281,7 +344,7 @@ func TestCommands(t *testing.T) {
 	}
 	for _, test := range tests {
 		var out bytes.Buffer
-		cmd := rootCommand()
+		cmd := rootCommand(filepath.Join(dir, "none.yaml"))
 		cmd.SetArgs(test.args)
 		cmd.SetOut(&out)
 		cmd.SetErr(&out)

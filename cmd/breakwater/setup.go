@@ -19,14 +19,14 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func setupCommand() *cobra.Command {
+func setupCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Point clients at the mirror, and prepare its data folder",
 		Args:  noArguments,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(setupContainerdCommand(), setupDataCommand())
+	cmd.AddCommand(setupContainerdCommand(usual), setupDataCommand(usual))
 	return cmd
 }
 
@@ -36,7 +36,7 @@ type containerdFlags struct {
 	referrers, write, undo, hold                 bool
 }
 
-func setupContainerdCommand() *cobra.Command {
+func setupContainerdCommand(usual string) *cobra.Command {
 	var f containerdFlags
 	cmd := &cobra.Command{
 		Use:   "containerd",
@@ -59,12 +59,12 @@ Warnings say what in containerd's own configuration would have it ignore these f
 		Example: `  breakwater setup containerd                       # shows what would be written
   breakwater setup containerd --write
   breakwater setup containerd --undo
-  breakwater setup containerd --write --config /etc/breakwater/breakwater.yaml --referrers --existing replace
+  breakwater setup containerd --write --referrers --existing replace
   breakwater setup containerd --write --mirror https://mirror.internal:5000 --authorization /etc/breakwater/authorization
   breakwater setup containerd --hold --certs-d /var/lib/rancher/k3s/agent/etc/containerd/certs.d`,
 		Args: noArguments,
 	}
-	load, output := configFlag(cmd), outputFlag(cmd.Flags())
+	load, output := configFlag(cmd, usual).load, outputFlag(cmd.Flags())
 	flags := cmd.Flags()
 	flags.StringVar(&f.mirror, "mirror", "", "`URL` of the mirror (default: as the configuration's listen and tls say)")
 	flags.StringVar(&f.dir, "certs-d", "/etc/containerd/certs.d", "`DIR` of the registries' folders: containerd's config_path")

@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func setupDataCommand() *cobra.Command {
+func setupDataCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "data",
 		Short: "Make the data folder for a mirror that runs as another user",
@@ -27,7 +27,7 @@ may run on the store meanwhile.`,
   breakwater setup data --owner 65532:65532 --recursive   # a store that root's mirror has filled`,
 		Args: noArguments,
 	}
-	load := configFlag(cmd)
+	load := configFlag(cmd, usual).load
 	dataFlag(cmd)
 	owner := cmd.Flags().String("owner", "", "`UID:GID` that the mirror will run as")
 	recursive := cmd.Flags().Bool("recursive", false, "hand over all that is in it too")

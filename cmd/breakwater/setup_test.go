@@ -207,7 +207,7 @@ func TestSetupData(t *testing.T) {
 	data := filepath.Join(dir, "data")
 	run := func(code int, want string, args ...string) {
 		t.Helper()
-		args = append([]string{"--bounding-set", "-all,+chown", "--inh-caps", "-all", "--no-new-privs", binary(t), "setup", "data", "--data", data}, args...)
+		args = append([]string{"--bounding-set", "-all,+chown", "--inh-caps", "-all", "--no-new-privs", binary(t), "setup", "data", "--config", "", "--data", data}, args...)
 		got, out, said := runAs(t, nil, "setpriv", args...)
 		if got != code || !strings.Contains(out+said, want) {
 			t.Errorf("%v: exit %d, want %d with %q:\n%s%s", args, got, code, want, out, said)

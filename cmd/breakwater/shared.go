@@ -16,18 +16,18 @@ import (
 // defaultGrace is how long what no tag names stays in the shared store.
 const defaultGrace = 30 * 24 * time.Hour
 
-func sharedCommand() *cobra.Command {
+func sharedCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "shared",
 		Short: "Look after the shared store of a fleet",
 		Args:  noArguments,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(sharedGCCommand())
+	cmd.AddCommand(sharedGCCommand(usual))
 	return cmd
 }
 
-func sharedGCCommand() *cobra.Command {
+func sharedGCCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "gc",
 		Short: "Remove from the shared store what no tag names any more",
@@ -39,7 +39,7 @@ publish meanwhile. One host of the fleet is enough, once a week or so; it needs 
   breakwater shared gc --delete --grace 168h --output json`,
 		Args: noArguments,
 	}
-	load, output := configurable(cmd), outputFlag(cmd.Flags())
+	load, output := configurable(cmd, usual).load, outputFlag(cmd.Flags())
 	remove := cmd.Flags().Bool("delete", false, "really remove it")
 	grace := cmd.Flags().Duration("grace", defaultGrace, "how long what no tag names stays; at least 24h")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

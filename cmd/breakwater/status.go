@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func statusCommand() *cobra.Command {
+func statusCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Say what the mirror that runs holds, and which upstreams are out",
@@ -23,7 +23,7 @@ func statusCommand() *cobra.Command {
   breakwater status --output json`,
 		Args: noArguments,
 	}
-	load, output := configurable(cmd), outputFlag(cmd.Flags())
+	load, output := configurable(cmd, usual).load, outputFlag(cmd.Flags())
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		cfg, err := load()
 		if err != nil {

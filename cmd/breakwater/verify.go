@@ -24,7 +24,7 @@ import (
 // sayEvery is how often a long command says how far it is where there is no terminal.
 const sayEvery = 10 * time.Second
 
-func verifyCommand() *cobra.Command {
+func verifyCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Hash all that is stored, and take what is wrong out of service",
@@ -32,11 +32,11 @@ func verifyCommand() *cobra.Command {
 What is wrong goes to the folder quarantine in the data folder, and is fetched again at the next pull that
 needs it. Exit code 1 if anything was wrong or could not be read.`,
 		Example: `  breakwater verify
-  breakwater verify --config /etc/breakwater/config.yaml
+  breakwater verify --config breakwater.yaml
   breakwater verify --output json`,
 		Args: noArguments,
 	}
-	load, output := configurable(cmd), outputFlag(cmd.Flags())
+	load, output := configurable(cmd, usual).load, outputFlag(cmd.Flags())
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		cfg, err := load()
 		if err != nil {

@@ -20,7 +20,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func warmCommand() *cobra.Command {
+func warmCommand(usual string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "warm IMAGE…",
 		Short: "Pull images through the mirror, so that it holds them",
@@ -40,7 +40,7 @@ It needs the registry port only. An account for a mirror that asks for one is ta
   breakwater warm --stored quay.io/org/app:v1     # fails if that was not stored yet`,
 		Args: someImages,
 	}
-	load, output := configFlag(cmd), outputFlag(cmd.Flags())
+	load, output := configFlag(cmd, usual).load, outputFlag(cmd.Flags())
 	mirror := cmd.Flags().String("mirror", "", "`URL` of the mirror (default: as the configuration's listen and tls say)")
 	platforms := cmd.Flags().StringSlice("platform", []string{"linux/" + runtime.GOARCH}, "`PLATFORM` to pull of an image that has several")
 	stored := cmd.Flags().Bool("stored", false, "fail if anything had to be fetched")
