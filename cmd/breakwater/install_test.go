@@ -112,11 +112,33 @@ func TestPackage(t *testing.T) {
 			t.Errorf("after the purge there is %s: %v", file, !want)
 		}
 	}
+	t.Run("disk", m.testDiskPurged)
 	for _, file := range clients {
 		if text := m.run(t, "cat", file); text != "untouched" {
 			t.Errorf("%s is now %q", file, text)
 		}
 	}
+}
+
+// testDiskPurged purges it where a disk is mounted at the data folder, with another one in that.
+func (m *machine) testDiskPurged(t *testing.T) {
+	const data = "/var/lib/breakwater"
+	m.run(t, "dpkg", "--install", "/root/breakwater.deb")
+	m.run(t, "mkdir", data)
+	m.run(t, "mount", "-t", "tmpfs", "tmpfs", data)
+	m.put(t, data+"/blobs/sha256/one", "pulled")
+	m.put(t, data+"/.hidden", "pulled")
+	m.run(t, "mkdir", data+"/other")
+	m.run(t, "mount", "-t", "tmpfs", "tmpfs", data+"/other")
+	m.put(t, data+"/other/file", "somebody's")
+	m.run(t, "dpkg", "--purge", "breakwater")
+	if left := m.run(t, "find", data, "-mindepth", "1"); left != data+"/other\n"+data+"/other/file" {
+		t.Errorf("of what it has stored is left:\n%s", left)
+	}
+	if state, _ := m.try("dpkg-query", "--show", "--showformat=${db:Status-Status}", "breakwater"); strings.HasSuffix(state, "installed") || strings.HasSuffix(state, "config-files") {
+		t.Errorf("the package is %s", state)
+	}
+	m.run(t, "umount", data+"/other", data)
 }
 
 // pull has images pulled from the machine's mirror.
