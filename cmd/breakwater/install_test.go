@@ -209,13 +209,21 @@ func (m *machine) testCommands(t *testing.T) {
 	}
 }
 
-// testMoved gives it another data folder by its configuration.
+// testMoved gives it another data folder by its configuration, and a control socket for its group.
 func (m *machine) testMoved(t *testing.T) {
 	const data = "/var/lib/breakwater/moved"
-	m.put(t, "/etc/breakwater/breakwater.yaml", mirrored+"data: "+data+"\n")
+	m.put(t, "/etc/breakwater/breakwater.yaml", mirrored+"data: "+data+"\ncontrol: /run/breakwater/control.sock\n")
 	m.run(t, "systemctl", "restart", "breakwater.service")
 	if !m.has(data + "/oci-layout") {
 		t.Errorf("it stores nothing in %s", data)
+	}
+	m.run(t, "useradd", "--groups=breakwater", "member")
+	m.run(t, "useradd", "stranger")
+	if said := m.run(t, "runuser", "--user=member", "--", "breakwater", "status"); !strings.Contains(said, "quay.io") {
+		t.Errorf("a member of the group is told\n%s", said)
+	}
+	if said, err := m.try("runuser", "--user=stranger", "--", "breakwater", "status"); err == nil || !strings.Contains(said, "socket's group") {
+		t.Errorf("somebody else is told %v\n%s", err, said)
 	}
 }
 
