@@ -3,7 +3,6 @@
 package main_test
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -302,51 +301,6 @@ $rpm --erase breakwater && ! test -e root/usr/bin/breakwater && cmp config root/
 	said, err := h.output(contain(h.command(t.Context(), nil, "sh", "-c", script, "sh", h.debian(t), filepath.Join(dist, "breakwater-0.0.1~test-1."+arch+".rpm"))))
 	if n := strings.Count("\n"+said, "\nbreakwater: "); err != nil || n != 3 {
 		t.Errorf("%v, said %d lines, want 3:\n%s", err, n, said)
-	}
-}
-
-// TestCloudInit checks the example as cloud-init does, and what is in it as we do.
-func TestCloudInit(t *testing.T) {
-	t.Parallel()
-	h := newHost(t)
-	raw, err := os.ReadFile("../../packaging/cloud-init.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := boot(t, h)
-	m.put(t, "/root/user-data", string(raw))
-	if said := m.run(t, "cloud-init", "schema", "--config-file", "/root/user-data"); !strings.Contains(said, "Valid cloud-config") {
-		t.Errorf("cloud-init says %s", said)
-	}
-	var data struct {
-		Files []struct{ Path, Content string } `yaml:"write_files"`
-		Run   []string                         `yaml:"runcmd"`
-	}
-	if err := yaml.Unmarshal(raw, &data); err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range data.Files {
-		switch filepath.Ext(file.Path) {
-		case ".json":
-			if !json.Valid([]byte(file.Content)) {
-				t.Errorf("%s is no JSON", file.Path)
-			}
-		case ".yaml":
-			config := h.write(t, "breakwater.yaml", strings.Replace(file.Content, "/etc/breakwater/fleet.key", h.write(t, "fleet.key", strings.Repeat("5a", 32)+"\n"), 1))
-			if out, err := h.output(h.command(t.Context(), nil, binary(t), "config", "check", config)); err != nil {
-				t.Error(out)
-			}
-		default:
-			t.Errorf("what is %s?", file.Path)
-		}
-	}
-	if len(data.Files) != 2 || len(data.Run) != 1 {
-		t.Errorf("%d files, %d commands", len(data.Files), len(data.Run))
-	}
-	for _, script := range data.Run {
-		if out, err := h.output(h.command(t.Context(), nil, "sh", "-n", "-c", script)); err != nil {
-			t.Error(out)
-		}
 	}
 }
 
