@@ -13,76 +13,101 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
 )
 
 const (
-	// rememberFor is how long a password that was looked at, right or wrong, is not looked at again: to hash
-	// it takes a core as long as a thousand pulls.
-	rememberFor = time.Minute
-	// maxRemembered bounds them; they are begun anew beyond it.
-	maxRemembered = 10_000
+	// wrongFor is how long a wrong password is not looked at again: to hash it takes a core as long as a
+	// thousand pulls.
+	wrongFor = time.Minute
+	// maxWrong bounds them; they are begun anew beyond it.
+	maxWrong = 10_000
 	// maxCost is the bcrypt cost whose hashes take a core for about a second.
 	maxCost = 14
-	// turnTime is how long a password may wait for a core.
-	turnTime = 5 * time.Second
 )
 
 // passwords are the names of an htpasswd file.
 type passwords struct {
 	file  *file[htpasswd]
-	brake brake
-	turns chan struct{} // of those whose passwords are being hashed
+	key   []byte // of macs: they mean nothing outside this process
+	brake *brake
+	cores *cores
 
-	mu         sync.Mutex // guards what follows
-	remembered map[mac]remembered
-	looking    map[mac]*look
+	mu       sync.Mutex // guards what follows
+	wrong    map[mac]time.Time
+	underway map[attempt]*comparison
 }
 
-// mac stands for a name with a password, of one reading of the file.
+// mac stands for a line of the file, and a password that was shown for it.
 type mac [sha256.Size]byte
 
-type remembered struct {
-	right bool
-	until time.Time
+// attempt is a password that a host shows: how long one host has to wait is no other's concern.
+type attempt struct {
+	mac
+	from netip.Prefix
 }
 
-// look is at one password, for all who show it at the same moment.
-type look struct {
+// comparison is one attempt being looked at, for all who make it at the same moment.
+type comparison struct {
 	done chan struct{}
 	err  error // set when done
 }
 
 // htpasswd is what the file says.
 type htpasswd struct {
-	hashes map[string][]byte
-	dear   []byte // the hash that costs most: who has none is not told apart by how long it takes
-	key    []byte // of this reading: what was remembered of an earlier one means nothing
+	entries   map[string]*entry
+	costliest []byte // hash: who has none is not told apart by how long it takes
+}
+
+// entry is the line of a name. The password that was right for it is so for as long as the file has that line:
+// those who have it need no guess, however many others have spent.
+type entry struct {
+	hash  []byte
+	right atomic.Pointer[mac] // what was last found to be; nil before
+}
+
+// has reports whether that password was found to be right.
+func (e *entry) has(shown mac) bool {
+	if e == nil {
+		return false
+	}
+	right := e.right.Load()
+	return right != nil && *right == shown
 }
 
 func newPasswords(name string, logger *slog.Logger) (*passwords, error) {
-	file, err := open(logger, func() (*htpasswd, error) { return readHTPasswd(name) }, name)
+	p := &passwords{key: make([]byte, sha256.Size), brake: newBrake(), cores: newCores(max(1, runtime.GOMAXPROCS(0)/2)), wrong: map[mac]time.Time{}, underway: map[attempt]*comparison{}}
+	if _, err := rand.Read(p.key); err != nil {
+		return nil, err
+	}
+	last := new(htpasswd) // of the readings, which never run at the same time
+	var err error
+	p.file, err = open(logger, func() (*htpasswd, error) {
+		h, err := readHTPasswd(name, last)
+		if err == nil {
+			last = h
+		}
+		return h, err
+	}, name)
 	if err != nil {
 		return nil, err
 	}
-	cores := max(1, runtime.GOMAXPROCS(0)/2) // pulls need the others
-	return &passwords{file: file, turns: make(chan struct{}, cores), remembered: map[mac]remembered{}, looking: map[mac]*look{}}, nil
+	return p, nil
 }
 
-// readHTPasswd reads lines of name:hash. It repeats nothing of them: people write passwords in the clear.
-func readHTPasswd(name string) (*htpasswd, error) {
+// readHTPasswd reads lines of name:hash. It repeats nothing of them: people write passwords in the clear. A line
+// that before has too stays the one that it was.
+func readHTPasswd(name string, before *htpasswd) (*htpasswd, error) {
 	raw, err := readFile(name)
 	if err != nil {
 		return nil, err
 	}
-	h := &htpasswd{hashes: map[string][]byte{}, key: make([]byte, sha256.Size)}
-	if _, err := rand.Read(h.key); err != nil {
-		return nil, err
-	}
+	h := &htpasswd{entries: map[string]*entry{}}
 	lines := map[string]int{}
-	n, dearest := 0, 0
+	n, costliest := 0, 0
 	for line := range bytes.Lines(raw) {
 		n++
 		line = bytes.TrimSpace(line)
@@ -104,104 +129,111 @@ func readHTPasswd(name string) (*htpasswd, error) {
 		case cost > maxCost:
 			return nil, fmt.Errorf("%s:%d: a bcrypt hash of cost %d, which takes a core for too long; write the line that `htpasswd -nB -C 10 NAME` prints", name, n, cost)
 		}
-		lines[who], h.hashes[who] = n, hash
-		if cost > dearest {
-			dearest, h.dear = cost, hash
+		e := before.entries[who]
+		if e == nil || !bytes.Equal(e.hash, hash) {
+			e = &entry{hash: bytes.Clone(hash)} // without the rest of the file
+		}
+		lines[who], h.entries[who] = n, e
+		if cost > costliest {
+			costliest, h.costliest = cost, e.hash
 		}
 	}
-	if len(h.hashes) == 0 {
+	if len(h.entries) == 0 {
 		return nil, fmt.Errorf("%s: no names in it; write to it what `htpasswd -nB NAME` prints", name)
 	}
 	return h, nil
 }
 
-// mac has the key of the reading in it, and the name's length, so that no other pair has the same.
-func (h *htpasswd) mac(name, password string) (m mac) {
-	hash := hmac.New(sha256.New, h.key)
-	_ = binary.Write(hash, binary.BigEndian, int64(len(name)))
-	hash.Write([]byte(name + password))
-	hash.Sum(m[:0])
+// mac has the lengths of what is in it, so that no others have the same, and the hash: of a line that has changed,
+// nothing is known.
+func (p *passwords) mac(name string, e *entry, password string) (m mac) {
+	var hash []byte
+	if e != nil {
+		hash = e.hash
+	}
+	sum := hmac.New(sha256.New, p.key)
+	for _, part := range [][]byte{[]byte(name), hash, []byte(password)} {
+		_ = binary.Write(sum, binary.BigEndian, int64(len(part)))
+		sum.Write(part)
+	}
+	sum.Sum(m[:0])
 	return m
 }
 
 // check returns nil if that is the password of that name. The addresses of those who guess are slowed down.
 func (p *passwords) check(ctx context.Context, from netip.Addr, name, password string) error {
 	h := p.file.get()
-	key := h.mac(name, password)
+	shown := p.mac(name, h.entries[name], password)
+	a := attempt{shown, host(from)}
 	for {
+		if h.entries[name].has(shown) {
+			return nil
+		}
 		p.mu.Lock()
-		if known, ok := p.remembered[key]; ok && time.Now().Before(known.until) {
+		if until, ok := p.wrong[shown]; ok && time.Now().Before(until) {
 			p.mu.Unlock()
-			if known.right {
-				return nil
-			}
 			return ErrWrong
 		}
-		l := p.looking[key]
-		if l == nil {
-			l = &look{done: make(chan struct{}), err: ErrBusy}
-			p.looking[key] = l
+		c := p.underway[a]
+		if c == nil {
+			c = &comparison{done: make(chan struct{}), err: ErrBusy}
+			p.underway[a] = c
 			p.mu.Unlock()
-			return p.look(ctx, l, key, from, h, name, password)
+			return p.lead(ctx, c, a, h, name, password)
 		}
 		p.mu.Unlock()
 		select {
-		case <-l.done:
-			if l.err == nil || errors.Is(l.err, ErrWrong) || errors.Is(l.err, ErrBusy) {
-				return l.err
-			} // whoever looked has left
+		case <-c.done:
+			if c.err == nil || errors.Is(c.err, ErrWrong) || errors.Is(c.err, ErrBusy) {
+				return c.err
+			} // whoever led has left
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
 }
 
-// look hashes the password, in turn, and remembers what came of it.
-func (p *passwords) look(ctx context.Context, l *look, key mac, from netip.Addr, h *htpasswd, name, password string) error {
+// lead compares the password for all who wait for that, and remembers what came of it.
+func (p *passwords) lead(ctx context.Context, c *comparison, a attempt, h *htpasswd, name, password string) error {
 	defer func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		delete(p.looking, key)
-		close(l.done)
+		delete(p.underway, a)
+		if errors.Is(c.err, ErrWrong) {
+			if len(p.wrong) >= maxWrong {
+				clear(p.wrong)
+			}
+			p.wrong[a.mac] = time.Now().Add(wrongFor)
+		}
+		close(c.done)
 	}()
-	l.err = p.hash(ctx, from, h, name, password)
-	if l.err == nil || errors.Is(l.err, ErrWrong) {
-		p.remember(key, l.err == nil)
+	if c.err = p.brake.take(ctx, a.from, name); c.err != nil {
+		return c.err
 	}
-	return l.err
+	if c.err = p.compare(ctx, a, h, name, password); !errors.Is(c.err, ErrWrong) {
+		p.brake.giveBack(a.from, name)
+	}
+	return c.err
 }
 
-func (p *passwords) hash(ctx context.Context, from netip.Addr, h *htpasswd, name, password string) error {
-	giveBack, err := p.brake.take(ctx, from)
+// compare hashes the password, once there is a core for that.
+func (p *passwords) compare(ctx context.Context, a attempt, h *htpasswd, name, password string) error {
+	leave, err := p.cores.take(ctx, a.from)
 	if err != nil {
 		return err
 	}
-	timer := time.NewTimer(turnTime)
-	defer timer.Stop()
-	select {
-	case p.turns <- struct{}{}:
-		defer func() { <-p.turns }()
-	case <-timer.C:
-		return ErrBusy
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	defer leave()
+	e := h.entries[name]
+	if e.has(a.mac) { // by now, from elsewhere
+		return nil
 	}
-	hash, known := h.hashes[name]
-	if !known {
-		hash = h.dear
+	hash := h.costliest
+	if e != nil {
+		hash = e.hash
 	}
-	if err := bcrypt.CompareHashAndPassword(hash, []byte(password)); err != nil || !known { // in constant time
+	if err := bcrypt.CompareHashAndPassword(hash, []byte(password)); err != nil || e == nil { // in constant time
 		return ErrWrong
 	}
-	giveBack()
+	e.right.Store(&a.mac)
 	return nil
-}
-
-func (p *passwords) remember(key mac, right bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.remembered) >= maxRemembered {
-		clear(p.remembered)
-	}
-	p.remembered[key] = remembered{right, time.Now().Add(rememberFor)}
 }

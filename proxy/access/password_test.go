@@ -10,8 +10,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -179,8 +181,8 @@ func TestPasswordsAreReadAgain(t *testing.T) {
 	})
 }
 
-// An address has ten wrong passwords, and then one each two seconds; others are not disturbed, nor is a
-// password that is known.
+// An address has ten wrong passwords for a name, and then one each two seconds; others are not disturbed, nor is
+// a password that is known.
 func TestGuessingIsSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := guests(t)
@@ -229,7 +231,7 @@ func TestGuessingIsSlow(t *testing.T) {
 		}
 		time.Sleep(time.Hour)
 		for range 3 * guesses { // what is right costs nothing
-			g.passwords.remembered = map[mac]remembered{}
+			g.passwords.file.get().entries["ci"].right.Store(nil)
 			if got := took(here, "ci", secret, nil); got > 0 {
 				t.Errorf("a right password took %v", got)
 			}
@@ -246,25 +248,177 @@ func TestGuessingIsSlow(t *testing.T) {
 	})
 }
 
-// The addresses that are told apart are bounded; those beyond are slow together.
+// An address has ten names' guesses in all.
+func TestGuessingAtManyNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := guests(t)
+		var looked atomic.Int64
+		began := time.Now()
+		for i := range 2000 { // a hundred a second
+			go func() {
+				if _, err := g.Caller(shows(here, fmt.Sprint("name", i), "x")); errors.Is(err, ErrWrong) {
+					looked.Add(1)
+				}
+			}()
+			time.Sleep(10 * time.Millisecond)
+			synctest.Wait()
+		}
+		if n, most := looked.Load(), int64(guessedNames*(guesses+int(time.Since(began)/guessEvery))); n < most/2 || n > most {
+			t.Errorf("%d guesses, want at most %d", n, most)
+		}
+		time.Sleep(brakeTime)
+		synctest.Wait()
+	})
+}
+
+// A neighbour who guesses, twenty times a second, keeps nobody out: not with a password that was right once, were
+// it for the same name; not with one that is shown for the first time, of another name than those that the
+// neighbour tries.
+func TestNeighbours(t *testing.T) {
+	for _, tt := range []struct {
+		what   string
+		known  bool
+		names  []string // that the neighbour tries
+		others string   // of the file
+	}{
+		{"known", true, []string{"ci"}, ""},
+		{"known, of a file that has changed elsewhere", true, []string{"ci", "deploy"}, "new"},
+		{"new", false, []string{"deploy", "root", "admin", "nobody"}, ""},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := guests(t)
+				file := g.passwords.file
+				file.looked.Store(0)
+				ask := func(want error, within time.Duration) {
+					t.Helper()
+					began := time.Now()
+					if _, err := g.Caller(shows(here, "ci", secret)); !errors.Is(err, want) || time.Since(began) > within {
+						t.Errorf("%v after %v, want %v within %v", err, time.Since(began), want, within)
+					}
+				}
+				if tt.known {
+					ask(nil, 0)
+				}
+				for second := range 40 {
+					for i := range 20 {
+						go func() { _, _ = g.Caller(shows(here, tt.names[i%len(tt.names)], fmt.Sprint(second, i))) }()
+					}
+					time.Sleep(time.Second)
+					if tt.others != "" && second == 20 {
+						write(t, file.names[0], "ci:"+string(file.get().entries["ci"].hash)+"\n"+tt.others+":"+hash(t, secret)+"\n")
+					}
+					if tt.known {
+						ask(nil, 0)
+					}
+				}
+				ask(nil, 0)
+				if tt.others != "" && file.get().entries[tt.others] == nil {
+					t.Error("the file was not read again")
+				}
+				write(t, file.names[0], "new:"+hash(t, secret)+"\n")
+				time.Sleep(lookEvery)
+				if _, err := g.Caller(shows(here, "ci", secret)); err == nil {
+					t.Error("let in by a name that the file has no more")
+				}
+				time.Sleep(brakeTime) // until the last guess is over
+			})
+		})
+	}
+}
+
+// Who waits for a guess of their own address is not waited for by others with the same password.
+func TestOthersWithTheSamePassword(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := guests(t)
+		for i := range guesses {
+			_, _ = g.Caller(shows(here, "ci", fmt.Sprint(i)))
+		}
+		var all sync.WaitGroup
+		all.Go(func() {
+			if _, err := g.Caller(shows(here, "ci", secret)); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		began := time.Now()
+		if _, err := g.Caller(shows("192.0.2.2", "ci", secret)); err != nil || time.Since(began) > 0 {
+			t.Errorf("%v after %v", err, time.Since(began))
+		}
+		all.Wait()
+	})
+}
+
+// However many addresses guess, in bounded memory, few others are taken for one of them.
 func TestGuessingFromEverywhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var b brake
-		for i := range maxBraked {
-			b.spend(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}))
+		b := newBrake()
+		address := func(net, i int) netip.Prefix {
+			return host(netip.AddrFrom4([4]byte{byte(net), 0, byte(i >> 8), byte(i)}))
 		}
-		for i := range 100 {
-			if _, wait := b.spend(netip.AddrFrom4([4]byte{11, 0, 0, byte(i)})); i >= guesses && wait == 0 {
-				t.Fatalf("address %d of too many does not wait", i)
+		waiting := func(net int) (n int) {
+			for i := range 100 {
+				if b.spend(address(net, i), "ci") > 0 {
+					n++
+				}
+			}
+			return n
+		}
+		for i := range 16_000 {
+			for range guesses {
+				b.spend(address(10, i), "ci")
 			}
 		}
-		if len(b.spent) != maxBraked {
-			t.Errorf("%d addresses", len(b.spent))
+		if n := waiting(10); n != 100 {
+			t.Errorf("%d of 100 that have spent theirs wait", n)
+		}
+		if n := waiting(11); n > 60 { // 22 more or less
+			t.Errorf("%d of 100 others wait", n)
 		}
 		time.Sleep(time.Hour)
-		if _, wait := b.spend(netip.AddrFrom4([4]byte{12, 0, 0, 1})); wait > 0 || len(b.spent) != 1 {
-			t.Errorf("waits %v among %d", wait, len(b.spent))
+		if n := waiting(10); n > 0 {
+			t.Errorf("%d of 100 wait after an hour", n)
 		}
+	})
+}
+
+// One host has half of the cores, and others theirs; who waits too long is told.
+func TestCoresAreShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCores(4)
+		var hosts []netip.Prefix // that share nothing
+		for i := byte(0); len(hosts) < 3; i++ {
+			h := host(netip.AddrFrom4([4]byte{192, 0, 2, i}))
+			if !slices.ContainsFunc(hosts, func(other netip.Prefix) bool { return c.lane(h) == c.lane(other) }) {
+				hosts = append(hosts, h)
+			}
+		}
+		take := func(i int, want error, wait time.Duration) (leave func()) {
+			t.Helper()
+			began := time.Now()
+			leave, err := c.take(t.Context(), hosts[i])
+			if !errors.Is(err, want) || time.Since(began) != wait {
+				t.Errorf("host %d: %v after %v, want %v after %v", i, err, time.Since(began), want, wait)
+			}
+			return leave
+		}
+		take(0, nil, 0)
+		leave := take(0, nil, 0)
+		take(0, ErrBusy, coreTime)
+		leaveToo := take(1, nil, 0)
+		take(1, nil, 0)
+		take(2, ErrBusy, coreTime)
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := c.take(gone, hosts[2]); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		leave()
+		take(2, nil, 0)
+		take(0, ErrBusy, coreTime)
+		leaveToo()
+		take(2, nil, 0)
+		take(2, ErrBusy, coreTime)
 	})
 }
 
@@ -276,11 +430,11 @@ func TestFewCores(t *testing.T) {
 		if _, err := g.Caller(shows(here, "deploy", "deploy-"+secret)); err != nil {
 			t.Fatal(err)
 		}
-		for range cap(p.turns) { // all are at work
-			p.turns <- struct{}{}
+		for range cap(p.cores.all) { // all are at work
+			p.cores.all <- struct{}{}
 		}
 		began := time.Now()
-		if _, err := g.Caller(shows(here, "ci", "x")); !errors.Is(err, ErrBusy) || time.Since(began) != turnTime {
+		if _, err := g.Caller(shows(here, "ci", "x")); !errors.Is(err, ErrBusy) || time.Since(began) != coreTime {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 		if _, err := g.Caller(shows(here, "deploy", "deploy-"+secret)); err != nil {
@@ -304,10 +458,11 @@ func TestFewCores(t *testing.T) {
 		synctest.Wait()
 		leave()
 		synctest.Wait()
-		if spent := p.brake.spent[netip.MustParsePrefix(here+"/32")].guesses; spent > 3 {
-			t.Errorf("%d guesses spent for one password", spent)
+		spent, _ := p.brake.of(netip.MustParsePrefix(here+"/32"), "ci")
+		if spent.guesses != 1 { // the one that nobody looked at costs nothing
+			t.Errorf("%d guesses spent for one password", spent.guesses)
 		}
-		<-p.turns
+		<-p.cores.all
 		all.Wait()
 	})
 }
