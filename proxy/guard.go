@@ -118,7 +118,7 @@ func (g *guard) refusal(ctx context.Context, who caller, t target, unparsed erro
 		return nil
 	case !who.Vouched():
 		return g.ask(t, nil)
-	case !who.MayPull(g.names(t.ref.Repository)...):
+	case !who.MayPull(func(name string) bool { return g.means(name, t.ref.Repository) }):
 		return g.ask(t, errScope)
 	case ruled && !who.among(allow):
 		return t.denied(who.name())
@@ -157,13 +157,12 @@ func (c caller) reason(refusal error) string {
 // errScope is a good token that is good for something else.
 var errScope = errors.New("the token is not good for this repository")
 
-// names are what a token may call a repository: as it is called everywhere, or as the bare path does.
-func (g *guard) names(repo oci.Repository) []string {
-	names := []string{repo.String()}
-	if repo.Registry == g.cfg.DefaultRegistry {
-		names = append(names, repo.Name)
-	}
-	return names
+// means reports whether a token calls a repository so: by what names it in a path below /v2/, of which clients
+// make the scope that they ask for. Where a host or ns says what the path does not, the same scope would be good
+// for two repositories, so that there it is good for the one of the path alone.
+func (g *guard) means(name string, repo oci.Repository) bool {
+	meant, err := new(target).repository(g.cfg, "", name)
+	return err == nil && meant == repo
 }
 
 // ask asks the caller who they are, for wrong that they have shown, if there is a way to ask, and refuses them

@@ -175,6 +175,52 @@ func TestAccessChallenges(t *testing.T) {
 	}
 }
 
+// TestTokensByName holds by which names a token is good for a repository: by what clients make a scope of, which
+// is the path as people type it, and never for another repository than the path alone would mean.
+func TestTokensByName(t *testing.T) {
+	i := newIdents(t)
+	const hub = "default_registry: docker.io\nhosts: {hub.mirror.test: docker.io, quay.mirror.test: quay.test}\n"
+	const quay = "default_registry: quay.test\nhosts: {hub.mirror.test: docker.io}\n"
+	const alpine, typed, byHost = "/v2/docker.io/library/alpine", "/v2/alpine", "/v2/alpine Host: hub.mirror.test:5000"
+	for _, tt := range []struct {
+		config, scope string
+		good, denied  []string // paths, and a host
+	}{
+		{hub, "alpine", []string{typed, alpine, "/v2/library/alpine", "/v2/docker.io/alpine", "/v2/alpine?ns=docker.io", byHost}, []string{"/v2/quay.test/alpine", "/v2/quay.test/library/alpine", "/v2/org/alpine"}},
+		{hub, "library/alpine", []string{typed, alpine, "/v2/library/alpine", byHost}, []string{"/v2/quay.test/library/alpine", "/v2/library/other"}},
+		{hub, "docker.io/alpine", []string{typed, alpine, "/v2/docker.io/alpine", byHost}, []string{"/v2/quay.test/alpine", "/v2/docker.io/docker.io/alpine"}},
+		{hub, "docker.io/library/alpine", []string{typed, alpine}, []string{"/v2/docker.io/library/other"}},
+		{hub, "org/app", []string{"/v2/org/app", "/v2/docker.io/org/app"}, []string{"/v2/quay.test/org/app", "/v2/org/app?ns=quay.test", "/v2/org/app Host: quay.mirror.test:5000", "/v2/org/app/sub", "/v2/library/app"}},
+		{hub, "quay.test/org/app", []string{"/v2/quay.test/org/app", "/v2/org/app?ns=quay.test", "/v2/org/app Host: quay.mirror.test:5000"}, []string{"/v2/org/app", "/v2/docker.io/quay.test/org/app"}},
+		{quay, "alpine", []string{typed, "/v2/quay.test/alpine"}, []string{alpine, "/v2/quay.test/library/alpine", byHost}},
+		{quay, "library/alpine", []string{"/v2/library/alpine"}, []string{alpine, typed}},
+		{quay, "docker.io/alpine", []string{alpine, "/v2/docker.io/alpine", byHost}, []string{typed, "/v2/quay.test/docker.io/alpine"}},
+		{hub, "", nil, []string{typed}},
+		{hub, "library/*", nil, []string{typed}},
+		{hub, "/alpine", nil, []string{typed}},
+		{hub, "Alpine", nil, []string{typed}},
+		{hub, "evil.test/alpine", nil, []string{typed}},
+	} {
+		access := `access: {token: {realm: "https://auth.test/token", service: mirror.test, issuer: auth.test, keys_file: $KEYS}, plain_http: true, loopback: open}`
+		bubble(t, i.in("listen: 0.0.0.0:5000\nserver_names: [mirror.test]\nregistries:\n  quay.test: {upstreams: [{url: \"https://quay.test\"}]}\n  docker.io: {upstreams: [{url: \"https://docker.test\"}]}\n"+tt.config+access), func(r *rig) {
+			r.beyond()
+			for status, paths := range map[int][]string{http.StatusServiceUnavailable: tt.good, http.StatusUnauthorized: tt.denied} { // upstreams are not there
+				for _, path := range paths {
+					path, host, _ := strings.Cut(path, " ")
+					repo, query, _ := strings.Cut(path, "?")
+					who := whom{"ci", far, []string{"Authorization: " + i.token(t, "ci", tt.scope)}}
+					if host != "" {
+						who.header = append(who.header, host)
+					}
+					if got := r.by(who, http.MethodGet, repo+latest+"?"+query); got.StatusCode != status {
+						r.Errorf("default %.30q, scope %q: %s %s is %d, want %d", tt.config, tt.scope, path, host, got.StatusCode, status)
+					}
+				}
+			}
+		})
+	}
+}
+
 // TestLoopbackIsOpen holds whose connections are trusted: those of this host, unless they say that they speak
 // for others, or the configuration says that they may.
 func TestLoopbackIsOpen(t *testing.T) {

@@ -188,7 +188,7 @@ func TestCallersByCertificate(t *testing.T) {
 	}
 	address := listen(t, c.TLS(g.ClientCAs), func(w http.ResponseWriter, r *http.Request) {
 		who, err := g.Caller(r)
-		if err != nil || who.Known() != who.MayPull("x") {
+		if err != nil || who.Known() != who.MayPull(is("x")) {
 			t.Errorf("%+v %v", who, err)
 		}
 		_, _ = w.Write([]byte(strings.Join(who.Names, " ")))

@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"slices"
 )
 
 // Config is what a Gate is made of. Without any of the three ways nobody is known.
@@ -92,13 +91,10 @@ func (c Caller) Known() bool { return len(c.Names) > 0 }
 // Vouched reports whether anything good was shown: a name, or the token of a bearer without one.
 func (c Caller) Vouched() bool { return c.Known() || c.token != nil }
 
-// MayPull reports whether what was shown is good for a repository that the caller may call by any of these
-// names: a token says what it is good for (distribution-spec, "Token Scope Documentation").
-func (c Caller) MayPull(names ...string) bool {
-	if c.sure || c.token == nil {
-		return c.sure
-	}
-	return slices.ContainsFunc(names, c.token.mayPull)
+// MayPull reports whether what was shown is good for a repository, which is what those names mean that means
+// says so of: a token says by names what it is good for (distribution-spec, "Token Scope Documentation").
+func (c Caller) MayPull(means func(name string) bool) bool {
+	return c.sure || c.token != nil && c.token.mayPull(means)
 }
 
 // Caller is who sends the request. Its error is ErrWrong, ErrBusy, or that of a request that has ended.

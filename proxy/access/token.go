@@ -49,9 +49,10 @@ type claims struct {
 	} `json:"access"`
 }
 
-func (c *claims) mayPull(name string) bool {
+// mayPull takes "*" for every action, as registries do (distribution, registry/auth/token).
+func (c *claims) mayPull(means func(name string) bool) bool {
 	for _, a := range c.Access {
-		if a.Type == "repository" && a.Name == name && slices.Contains(a.Actions, "pull") {
+		if a.Type == "repository" && (slices.Contains(a.Actions, "pull") || slices.Contains(a.Actions, "*")) && means(a.Name) {
 			return true
 		}
 	}

@@ -76,6 +76,7 @@ func said() map[string]any {
 	return map[string]any{
 		"iss": "auth.test", "sub": "ci", "aud": "mirror.test", "exp": now.Add(5 * time.Minute).Unix(), "nbf": now.Unix(), "iat": now.Unix(), "jti": "x",
 		"access": []map[string]any{{"type": "repository", "name": "quay.io/org/app", "actions": []string{"pull"}}, {"type": "repository", "name": "quay.io/org/pushed", "actions": []string{"push", "delete"}},
+			{"type": "repository", "name": "quay.io/org/all", "actions": []string{"*"}}, {"type": "repository", "name": "quay.io/org/none", "actions": []string{}}, {"type": "registry", "name": "all", "actions": []string{"*"}},
 			{"type": "registry", "name": "catalog", "actions": []string{"pull"}}},
 	}
 }
@@ -156,11 +157,11 @@ func TestTokens(t *testing.T) {
 		}
 		for name, token := range right {
 			who, err := g.Caller(bearer(token))
-			if err != nil || strings.Join(who.Names, " ") != "ci" || !who.MayPull("x", "quay.io/org/app") {
+			if err != nil || strings.Join(who.Names, " ") != "ci" || !who.MayPull(is("quay.io/org/app")) || !who.MayPull(is("quay.io/org/all")) {
 				t.Errorf("%s: %+v %v", name, who, err)
 			}
-			for _, other := range []string{"", "quay.io/org/pushed", "quay.io/org", "quay.io/org/app/sub", "catalog", "*"} {
-				if who.MayPull(other) {
+			for _, other := range []string{"", "quay.io/org/pushed", "quay.io/org/none", "all", "quay.io/org", "quay.io/org/app/sub", "catalog", "*"} {
+				if who.MayPull(is(other)) {
 					t.Errorf("%s: may pull %s", name, other)
 				}
 			}
@@ -170,7 +171,7 @@ func TestTokens(t *testing.T) {
 				t.Errorf("%s: %+v %v", name, who, err)
 			}
 		}
-		if who, err := g.Caller(bearer(sign(t, ec, with("sub", nil), nil))); err != nil || who.Known() || !who.Vouched() || !who.MayPull("quay.io/org/app") {
+		if who, err := g.Caller(bearer(sign(t, ec, with("sub", nil), nil))); err != nil || who.Known() || !who.Vouched() || !who.MayPull(is("quay.io/org/app")) {
 			t.Errorf("without a name: %+v %v", who, err)
 		}
 		if who, err := g.Caller(shows(here, "ci", secret)); !errors.Is(err, ErrWrong) || who.Vouched() {
