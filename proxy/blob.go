@@ -71,7 +71,9 @@ func (m *Mirror) serveBlob(w *response, r *http.Request, t target) error {
 	if blob.Size() < 0 && !r.ProtoAtLeast(1, 1) { // an end that is no end would look the same to it
 		return errNeedsSize
 	}
-	how.mark(w)
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	setContent(w.Header(), blobType, t.ref.Digest)
 	if blob.Size() < 0 {
 		w.sendUnsized(r, blob)
@@ -145,7 +147,10 @@ func (m *Mirror) statBlob(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return t.answerFor(r.Context(), err)
 	}
-	provenance{cache: stat.cache}.mark(w)
+	how := provenance{cache: stat.cache}
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	setContent(w.Header(), blobType, t.ref.Digest)
 	w.Header().Set("Accept-Ranges", "bytes")
 	if stat.content >= 0 {

@@ -91,7 +91,10 @@ func (m *Mirror) sendFar(patience context.Context, w *response, r *http.Request,
 		return t.answerFor(r.Context(), err)
 	}
 	defer body.Close()
-	provenance{cache: cacheUnverified}.mark(w)
+	how := provenance{cache: cacheUnverified}
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	setContent(w.Header(), blobType, t.ref.Digest)
 	w.Header().Set("Accept-Ranges", "bytes")
 	w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", far.from, far.to, far.size))

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"breakwater/pkg/config"
@@ -28,18 +29,19 @@ const busyRetry = 10 * time.Second
 // stored or not, exists upstream or not.
 type guard struct {
 	cfg  *config.Config
-	gate *access.Gate // tells who calls
+	gate *access.Gate          // tells who calls
+	next atomic.Pointer[guard] // what has come after it; nil while it is the last
 }
 
 // newGuard reads the files that tell who calls. If they are the same as before's, what that one has learnt
 // stays.
 func newGuard(cfg *config.Config, before *guard, logger *slog.Logger) (*guard, error) {
 	if before != nil && sameGate(cfg.Access, before.cfg.Access) {
-		return &guard{cfg, before.gate}, before.gate.Reload()
+		return &guard{cfg: cfg, gate: before.gate}, before.gate.Reload()
 	}
 	a := cfg.Access
 	gate, err := access.New(access.Config{HTPasswd: a.HTPasswd, Token: access.Token(a.Token), ClientCAFile: a.ClientCAFile, Logger: logger})
-	return &guard{cfg, gate}, err
+	return &guard{cfg: cfg, gate: gate}, err
 }
 
 func sameGate(a, b config.Access) bool {
@@ -124,6 +126,18 @@ func (g *guard) refusal(ctx context.Context, who caller, t target, unparsed erro
 		return t.denied(who.name())
 	}
 	return nil
+}
+
+// laterRefusal is why a request that this guard has let in is refused by one that has come since: what it has
+// waited for may have been got with an account that only that one's configuration has.
+func (g *guard) laterRefusal(r *http.Request, t target) (reason string, err error) {
+	for g = g.next.Load(); g != nil; g = g.next.Load() {
+		who := g.caller(r)
+		if err := g.refusal(r.Context(), who, t, nil); err != nil {
+			return who.reason(err), err
+		}
+	}
+	return "", nil
 }
 
 // among reports whether a rule names the caller.

@@ -69,7 +69,9 @@ func (m *Mirror) serveTags(w *response, r *http.Request, t target) error {
 			w.Header().Set("Link", "<"+(&url.URL{Path: r.URL.Path, RawQuery: next.Encode()}).String()+`>; rel="next"`)
 		}
 	}
-	how.mark(w)
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", answer.MediaType)
 	w.sendBytes(r, answer.Body)
 	return nil
@@ -184,7 +186,9 @@ func (m *Mirror) serveReferrers(w *response, r *http.Request, t target) error {
 		}
 		w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	how.mark(w)
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", answer.MediaType)
 	w.sendBytes(r, answer.Body)
 	return nil

@@ -31,7 +31,9 @@ func (m *Mirror) serveManifest(w *response, r *http.Request, t target) error {
 	if m.fleet != nil && r.Method == http.MethodGet && t.ref.Tag == "" {
 		m.fleet.publish.image(t.ref)
 	}
-	how.mark(w)
+	if err := how.mark(w); err != nil {
+		return err
+	}
 	setContent(w.Header(), manifest.MediaType, manifest.Digest)
 	w.sendBytes(r, manifest.Raw)
 	return nil

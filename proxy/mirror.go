@@ -98,7 +98,8 @@ func New(cfg Config) (*Mirror, error) {
 }
 
 // Use makes cfg the configuration from the next request on. Upstreams that it leaves as they were
-// keep their breakers and tokens; what is in flight goes on as it began.
+// keep their breakers and tokens; what is being sent goes on as it began, but who still waits for an answer
+// gets only what both the configuration of before and cfg let them have.
 func (m *Mirror) Use(cfg *config.Config) error {
 	var ups []upstream.Config
 	for registry, r := range cfg.Registries {
@@ -122,12 +123,23 @@ func (m *Mirror) Use(cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	if err := m.pool.Use(ups, upstream.AnyRegistry(cfg.AnyRegistry)); err != nil {
+	use, err := m.pool.Prepare(ups, upstream.AnyRegistry(cfg.AnyRegistry))
+	if err != nil {
 		return fmt.Errorf("upstreams: %w", err)
 	}
-	m.guard.Store(guard)
-	m.cfg.Store(cfg)
+	// Nobody is let in by one configuration and answered with another's account: from before that may be asked
+	// with until what the old one has asked concerns no newcomer, all are judged by both.
+	if before := m.guard.Load(); before != nil {
+		before.next.Store(guard)
+	}
+	m.cfg.Store(cfg) // says what is public of what is got
 	m.store.Use(storage.Policy{Kept: m.Kept, Out: m.pool.Out, Public: cfg.Shares})
+	use()
+	m.tags.part()
+	m.manifests.part()
+	m.sizes.part()
+	m.lists.part()
+	m.guard.Store(guard)
 	m.keepers.use(m, cfg.Keep)
 	return nil
 }
@@ -225,19 +237,32 @@ func (m *Mirror) serve(w *response, r *http.Request, t *target) (err error) {
 	if t.ns != "" {
 		w.Header().Set("OCI-Namespace", t.ns)
 	}
+	w.refusal = func() (string, error) { return guard.laterRefusal(r, *t) }
+	if err := m.answer(w, r, *t); err != nil {
+		if reason, refusal := w.refusal(); refusal != nil { // of which err may be one, or tell what is there
+			m.metrics.refusals.WithLabelValues(reason).Inc()
+			return refusal
+		}
+		return err
+	}
+	return nil
+}
+
+// answer is for a request that was let in. It returns an error only if it has written nothing.
+func (m *Mirror) answer(w *response, r *http.Request, t target) error {
 	switch t.kind {
 	case kindManifest:
-		return m.serveManifest(w, r, *t)
+		return m.serveManifest(w, r, t)
 	case kindBlob:
-		return m.serveBlob(w, r, *t)
+		return m.serveBlob(w, r, t)
 	case kindTags:
-		return m.serveTags(w, r, *t)
+		return m.serveTags(w, r, t)
 	case kindReferrers:
-		return m.serveReferrers(w, r, *t)
+		return m.serveReferrers(w, r, t)
 	}
 	w.setCache("breakwater; hit")
 	w.Header().Set("Content-Type", "application/json")
-	_, err = w.Write([]byte("{}\n"))
+	_, err := w.Write([]byte("{}\n"))
 	return err
 }
 

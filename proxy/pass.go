@@ -214,10 +214,12 @@ func (m *Mirror) pass(patience context.Context, w *response, r *http.Request, t 
 		return errNeedsSize
 	}
 	m.metrics.passedThrough.Inc()
+	how := provenance{cache: cacheNotStored}
 	if p.hash == nil {
-		provenance{cache: cacheUnverified}.mark(w)
-	} else {
-		provenance{cache: cacheNotStored}.mark(w)
+		how.cache = cacheUnverified
+	}
+	if err := how.mark(w); err != nil {
+		return err
 	}
 	setContent(w.Header(), blobType, t.ref.Digest)
 	if p.size < 0 {

@@ -94,8 +94,14 @@ func incomplete(how provenance, why error, age, freshFor time.Duration) provenan
 	}
 }
 
-// mark writes the headers.
-func (p provenance) mark(w *response) {
+// mark writes the headers, if the request may be answered: what it has waited for may be what a configuration of
+// since then does not let it have.
+func (p provenance) mark(w *response) error {
+	if w.refusal != nil {
+		if _, err := w.refusal(); err != nil {
+			return err
+		}
+	}
 	w.setCache(p.cache)
 	if p.warning != "" {
 		w.Header().Set("Warning", `299 - "`+quotable(p.warning)+`"`)
@@ -103,6 +109,7 @@ func (p provenance) mark(w *response) {
 	if p.age > 0 || p.warning != "" && p.age != ageUnknown {
 		w.Header().Set("Age", strconv.FormatInt(int64(p.age.Seconds()), 10))
 	}
+	return nil
 }
 
 func (w *response) setCache(status string) {

@@ -45,7 +45,9 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 	begun := tasks.start(func(ctx context.Context) {
 		defer func() { // also when ask panics: nobody may wait for ever
 			qs.mu.Lock()
-			delete(qs.open, key)
+			if qs.open[key] == q {
+				delete(qs.open, key)
+			}
 			qs.mu.Unlock()
 			close(q.done)
 		}()
@@ -63,6 +65,13 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 	}
 	qs.open[key] = q
 	return q
+}
+
+// part lets those who wait have their answers, and nobody else: who comes from now on asks anew.
+func (qs *questions[T]) part() {
+	qs.mu.Lock()
+	defer qs.mu.Unlock()
+	clear(qs.open)
 }
 
 // wait returns the answer, within headerBudget. With patience it gives up sooner, with errImpatient,

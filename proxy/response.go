@@ -48,6 +48,8 @@ type response struct {
 	silent  bool  // the body that ServeContent writes is not the one to send
 	cache   string
 	broken  error // why the body ended short
+	// refusal is why the request, which was let in, may not be answered after all, and in a word.
+	refusal func() (reason string, err error)
 }
 
 // errCut is the error of a file that is shorter than it was when it was opened.

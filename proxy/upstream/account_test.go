@@ -129,7 +129,7 @@ func TestHelperThatHangsIsEnded(t *testing.T) {
 // use makes these upstreams those of the pool.
 func (g *guarded) use(configs ...Config) {
 	g.Helper()
-	if err := g.pool.Use(configs, false); err != nil {
+	if err := use(g.pool, configs, false); err != nil {
 		g.Fatal(err)
 	}
 }
@@ -426,7 +426,7 @@ func TestSecretsAreInNoOutput(t *testing.T) {
 						}
 						server := registrytest.Serve(listener, registry)
 						cfg := Config{Registry: "quay.io", URL: "http://" + host, Account: account, Proxy: proxy, CAFile: filepath.Join(dir, "password")}
-						if err := pool.Use([]Config{cfg}, false); err != nil {
+						if err := use(pool, []Config{cfg}, false); err != nil {
 							t.Fatal(err)
 						}
 						c := pool.Clients("quay.io")[0]
@@ -443,7 +443,7 @@ func TestSecretsAreInNoOutput(t *testing.T) {
 			}
 		}
 		for _, bad := range []string{"socks5://user:canary-10@proxy.test", "http://user:canary-10@%zz", "canary-10"} {
-			err := pool.Use([]Config{{Registry: "quay.io", URL: "https://quay.test", Proxy: bad}}, false)
+			err := use(pool, []Config{{Registry: "quay.io", URL: "https://quay.test", Proxy: bad}}, false)
 			if err == nil {
 				t.Errorf("%s is accepted", bad)
 			}

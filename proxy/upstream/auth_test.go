@@ -131,7 +131,7 @@ func (g *guarded) as(users map[string]string) {
 		}
 		configs = append(configs, cfg)
 	}
-	if err := g.pool.Use(configs, false); err != nil {
+	if err := use(g.pool, configs, false); err != nil {
 		g.Fatal(err)
 	}
 }
@@ -577,4 +577,13 @@ func TestPasswordIsReadWhenNeeded(t *testing.T) {
 			g.Error(err)
 		}
 	})
+}
+
+// use makes these the upstreams of the pool.
+func use(pool *Pool, configs []Config, anyRegistry AnyRegistry) error {
+	use, err := pool.Prepare(configs, anyRegistry)
+	if err == nil {
+		use()
+	}
+	return err
 }

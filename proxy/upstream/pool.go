@@ -61,11 +61,11 @@ func NewPool(settings Settings) *Pool {
 	return &Pool{settings: settings, clients: map[string][]*Client{}, guests: map[string]*Client{}, known: map[string]bool{}, holds: map[string]*hold{}, back: map[string]*recovery{}}
 }
 
-// Use makes these the upstreams of the pool, in order within their registry. An upstream that it
-// already had, unchanged, keeps its breakers and tokens; one that it has no more finishes what it has
-// begun. With anyRegistry set, registries that are not named here are asked at https://REGISTRY, if that
-// is a public address.
-func (p *Pool) Use(configs []Config, anyRegistry AnyRegistry) error {
+// Prepare returns what makes these the upstreams of the pool, in order within their registry; until it is
+// called, and if there is an error, nothing changes. An upstream that the pool already had, unchanged, keeps
+// its breakers and tokens; one that it has no more finishes what it has begun. With anyRegistry set,
+// registries that are not named here are asked at https://REGISTRY, if that is a public address.
+func (p *Pool) Prepare(configs []Config, anyRegistry AnyRegistry) (use func(), err error) {
 	next, known := map[string][]*Client{}, map[string]bool{}
 	p.mu.Lock()
 	var have []*Client
@@ -81,26 +81,27 @@ func (p *Pool) Use(configs []Config, anyRegistry AnyRegistry) error {
 		} else {
 			var err error
 			if c, err = newClient(p, cfg); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		next[cfg.Registry] = append(next[cfg.Registry], c)
 		known[hostPort(c.base)] = true
 	}
-	p.mu.Lock()
-	p.clients, p.known, p.any = next, known, bool(anyRegistry)
-	for registry, c := range p.guests {
-		if next[registry] != nil || !p.any {
-			delete(p.guests, registry)
-			have = append(have, c)
+	return func() {
+		p.mu.Lock()
+		p.clients, p.known, p.any = next, known, bool(anyRegistry)
+		for registry, c := range p.guests {
+			if next[registry] != nil || !p.any {
+				delete(p.guests, registry)
+				have = append(have, c)
+			}
 		}
-	}
-	p.retired = append(p.retired, have...)
-	p.mu.Unlock()
-	for _, c := range have {
-		c.retire()
-	}
-	return nil
+		p.retired = append(p.retired, have...)
+		p.mu.Unlock()
+		for _, c := range have {
+			c.retire()
+		}
+	}, nil
 }
 
 // AnyRegistry says whether registries outside the configuration may be asked.

@@ -247,7 +247,7 @@ func TestH29AnyRegistryIsPublic(t *testing.T) {
 	guard(t, registrytest.Auth{}, func(g *guarded) {
 		g.listen("inside.test:443", g.Registry)
 		g.network.SetHost("inside.test", registrytest.Host{Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.7")}})
-		if err := g.pool.Use(nil, true); err != nil {
+		if err := use(g.pool, nil, true); err != nil {
 			g.Fatal(err)
 		}
 		for registry, want := range map[string]bool{"quay.test": true, "inside.test": false} {
@@ -261,7 +261,7 @@ func TestH29AnyRegistryIsPublic(t *testing.T) {
 	})
 	t.Setenv("HTTPS_PROXY", "http://proxy.test:3128")
 	proxied(t, "http", func(g *guarded, proxy *httpProxy) {
-		if err := g.pool.Use(nil, true); err != nil {
+		if err := use(g.pool, nil, true); err != nil {
 			g.Fatal(err)
 		}
 		if err := g.ask("inside.test", "org/a"); err == nil || len(proxy.targets()) > 0 {
