@@ -32,8 +32,9 @@ const (
 
 // keepers hold the images of the configuration, each by a task of its own.
 type keepers struct {
-	mu   sync.Mutex // guards list
+	mu   sync.Mutex // guards what follows
 	list []*keeper
+	cfg  *config.Config // that the list is of
 }
 
 // keeper holds one image complete and fresh.
@@ -50,12 +51,12 @@ type keeper struct {
 }
 
 // use keeps what the configuration says, and lets go of the rest. What has not changed goes on.
-func (ks *keepers) use(m *Mirror, keep []config.Keep) {
+func (ks *keepers) use(m *Mirror, cfg *config.Config) {
 	ks.mu.Lock()
 	defer ks.mu.Unlock()
 	before := ks.list
-	ks.list = nil
-	for _, cfg := range keep {
+	ks.list, ks.cfg = nil, cfg
+	for _, cfg := range cfg.Keep {
 		if i := slices.IndexFunc(before, func(k *keeper) bool { return reflect.DeepEqual(k.cfg, cfg) }); i >= 0 {
 			ks.list = append(ks.list, before[i])
 			before = slices.Delete(before, i, i+1)
@@ -73,6 +74,22 @@ func (ks *keepers) use(m *Mirror, keep []config.Keep) {
 	for _, k := range before {
 		close(k.stop)
 	}
+}
+
+// labels are what metrics call all of them, in the same order: by its place in the configuration, as its mistakes
+// are, if the image's repository is private. Everybody on the host may read metrics (DESIGN 10).
+func (ks *keepers) labels() ([]*keeper, []string) {
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	var labels []string
+	for i, k := range ks.list {
+		label := k.ref.String()
+		if ks.cfg.IsPrivate(k.ref.Repository) {
+			label = fmt.Sprintf("keep[%d]", i)
+		}
+		labels = append(labels, label)
+	}
+	return slices.Clone(ks.list), labels
 }
 
 func (ks *keepers) all() []*keeper {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -174,6 +175,53 @@ func TestKeepingWaitsWhenAsked(t *testing.T) {
 		if n := r.asked(); n == 0 {
 			r.Error("not asked when the time was over")
 		}
+	})
+}
+
+// What is kept of a private repository has no name in metrics, which everybody on the host may read.
+func TestKeptImagesThatArePrivateAreNotNamed(t *testing.T) {
+	const quay, open = `{image: "quay.test/org/app:latest"}`, `{image: "open.test/org/app:v1"}`
+	byDigest := `{image: "quay.test/org/other@` + storedImage.Digest().String() + `"}`
+	const free = `{image: "quay.test/free/app:v1"}`
+	yaml := func(config string, entries ...string) string {
+		return config + "completion: {images: kept}\npublic: [quay.test/free/*]\nkeep: [" + strings.Join(entries, ", ") + "]"
+	}
+	bubble(t, yaml(guarded+"access: {anonymous: true}\n", open, quay, free, byDigest), func(r *rig) {
+		use := func(yaml string) {
+			r.Helper()
+			if err := r.mirror.Use(r.config(yaml)); err != nil {
+				r.Fatal(err)
+			}
+		}
+		want := func(labels string) {
+			r.Helper()
+			w := httptest.NewRecorder()
+			r.mirror.Admin().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+			var got []string
+			for line := range strings.Lines(w.Body.String()) {
+				if rest, found := strings.CutPrefix(line, `breakwater_keep_complete{image="`); found {
+					label, _, _ := strings.Cut(rest, `"`)
+					got = append(got, label)
+				}
+			}
+			if strings.Join(got, " ") != labels {
+				r.Errorf("%q, want %s", got, labels)
+			}
+			if !strings.Contains(labels, "quay.test/org/") && strings.Contains(w.Body.String(), "quay.test/org/") {
+				r.Error("a private repository is named")
+			}
+		}
+		r.quay.Serve(r, r.network, "quay.test:443")
+		r.quay.Push("org/other", "", storedImage)
+		time.Sleep(time.Minute)
+		want("keep[1] keep[3] open.test/org/app:v1 quay.test/free/app:v1")
+		if got := r.metric(`breakwater_keep_age_seconds{image="keep[3]"}`); got != "0" {
+			r.Errorf("age is %q", got)
+		}
+		use(yaml(guarded+"access: {anonymous: true}\n", quay, open))
+		want("keep[0] open.test/org/app:v1")
+		use(yaml(withoutAccount+"access: {anonymous: true}\n", quay, open))
+		want("open.test/org/app:v1 quay.test/org/app:latest")
 	})
 }
 

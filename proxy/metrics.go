@@ -39,9 +39,9 @@ var (
 	storeDegraded = prometheus.NewDesc("breakwater_store_degraded",
 		"1 while the store cannot write: what is stored is served, the rest is passed through.", nil, nil)
 	keepComplete = prometheus.NewDesc("breakwater_keep_complete",
-		"1 if a kept image is stored with all its blobs, for its platforms.", []string{"image"}, nil)
+		"1 if a kept image is stored with all its blobs, for its platforms. One of a private repository is called keep[0] if it is the first under keep in the configuration, and so on.", []string{"image"}, nil)
 	keepAge = prometheus.NewDesc("breakwater_keep_age_seconds",
-		"Seconds since an upstream last confirmed what a kept image's tag names; 0 for one that is kept by digest.", []string{"image"}, nil)
+		"Seconds since an upstream last confirmed what a kept image's tag names; 0 for one that is kept by digest. Images are called as by breakwater_keep_complete.", []string{"image"}, nil)
 	storeErrors = prometheus.NewDesc("breakwater_store_errors_total",
 		"Operations of the store that have failed.", []string{"operation"}, nil)
 )
@@ -151,14 +151,15 @@ func (s *metrics) Collect(ch chan<- prometheus.Metric) {
 	for desc, value := range map[*prometheus.Desc]int64{evictedDesc: u.Evicted, verified: u.Verified, quarantined: u.Wrong} {
 		ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value))
 	}
-	for _, k := range s.mirror.keepers.all() {
+	kept, labels := s.mirror.keepers.labels()
+	for i, k := range kept {
 		complete := 0.0
 		if k.complete.Load() {
 			complete = 1
 		}
-		ch <- prometheus.MustNewConstMetric(keepComplete, prometheus.GaugeValue, complete, k.ref.String())
+		ch <- prometheus.MustNewConstMetric(keepComplete, prometheus.GaugeValue, complete, labels[i])
 		if age, known := k.age(); known {
-			ch <- prometheus.MustNewConstMetric(keepAge, prometheus.GaugeValue, age.Seconds(), k.ref.String())
+			ch <- prometheus.MustNewConstMetric(keepAge, prometheus.GaugeValue, age.Seconds(), labels[i])
 		}
 	}
 	for _, c := range s.mirror.pool.All() {

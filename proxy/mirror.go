@@ -140,7 +140,7 @@ func (m *Mirror) Use(cfg *config.Config) error {
 	m.sizes.part()
 	m.lists.part()
 	m.guard.Store(guard)
-	m.keepers.use(m, cfg.Keep)
+	m.keepers.use(m, cfg)
 	return nil
 }
 
