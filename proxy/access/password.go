@@ -166,10 +166,11 @@ func (p *passwords) check(ctx context.Context, from netip.Addr, name, password s
 	shown := p.mac(name, h.entries[name], password)
 	a := attempt{shown, host(from)}
 	for {
-		if h.entries[name].has(shown) {
+		p.mu.Lock()
+		if h.entries[name].has(shown) { // under the lock, which whoever has found out takes after that
+			p.mu.Unlock()
 			return nil
 		}
-		p.mu.Lock()
 		if until, ok := p.wrong[shown]; ok && time.Now().Before(until) {
 			p.mu.Unlock()
 			return ErrWrong
