@@ -39,7 +39,9 @@ var ailments = []struct {
 	{"500", ails(all, registrytest.Status(500))},
 	{"503", ails(all, registrytest.Status(503))},
 	{"200 and a page of HTML", ails(all, registrytest.Portal())},
-	{"200 and wrong bytes (the tag has moved)", moves(registrytest.FlipBit(10))},
+	{"200 and wrong bytes (the tag has moved)", moves(func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		registrytest.FlipBit(10)(lingering{w}, r, next)
+	})},
 	{"200 and malformed JSON (the tag has moved)", moves(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 		w.Header().Set("Content-Type", storedImage.MediaType)
 		_, _ = w.Write([]byte(`{"schemaVersion":2,`))
@@ -80,6 +82,14 @@ var ailments = []struct {
 			}
 		})
 	}},
+}
+
+// lingering writes after a moment each: whoever waits for the first bytes has them before the last ones come.
+type lingering struct{ http.ResponseWriter }
+
+func (l lingering) Write(p []byte) (int, error) {
+	time.Sleep(time.Millisecond)
+	return l.ResponseWriter.Write(p)
 }
 
 func ails(m registrytest.Match, faults ...registrytest.Fault) func(*rig, string) {
