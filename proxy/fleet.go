@@ -19,8 +19,11 @@ import (
 const (
 	// sharedName is what answers and logs call the shared store.
 	sharedName = "shared store"
-	// fleetTime is how long anybody waits for the bucket where an upstream could be asked instead.
+	// fleetTime is how long anybody waits for the bucket, in all, where an upstream could be asked instead.
 	fleetTime = 2 * time.Second
+	// leaseTime is how long of that anybody waits for the leave to ask upstreams for all. It only saves them a
+	// question, and a bucket can be slow to write that is quick to read.
+	leaseTime = 300 * time.Millisecond
 	// followPause is between two looks at what another host of the fleet is fetching, and takePause between two
 	// looks whether it still does: those are two requests to the bucket, of which one is a write.
 	followPause = 250 * time.Millisecond
@@ -180,9 +183,9 @@ func (f *fleet) distrust(ref oci.Reference) {
 	f.publish.replace(ref)
 }
 
-// ask asks the bucket what the fleet's newest record says of a tag, and has that adopted. There is one
+// word asks the bucket what the fleet's newest record says of a tag, and has that adopted. There is one
 // question for all who want to know.
-func (f *fleet) ask(ref oci.Reference) *question[struct{}] {
+func (f *fleet) word(ref oci.Reference) *question[struct{}] {
 	return f.words.join(f.m.asking, ref.String(), func(ctx context.Context) (struct{}, error) {
 		ctx, cancel := context.WithTimeout(ctx, fleetTime)
 		defer cancel()
@@ -227,51 +230,59 @@ func recordOf(published s3.Tag) storage.Published {
 	return storage.Published{Digest: published.Digest, At: published.ValidatedAt, Generation: published.Generation}
 }
 
-// hear waits for the fleet's word on a tag, for at most fleetTime, or until the upstreams have given theirs, if
-// they are asked.
+// hear waits for the fleet's word on a tag, for at most fleetTime, or until the upstreams, which are asked at the
+// same time, have given theirs.
 func (f *fleet) hear(ctx context.Context, ref oci.Reference, upstreams *question[resolution]) {
-	word := f.ask(ref)
-	late := time.NewTimer(fleetTime)
-	defer late.Stop()
-	var done <-chan struct{}
-	if upstreams != nil {
-		done = upstreams.done
+	ctx, cancel := context.WithTimeout(ctx, fleetTime)
+	defer cancel()
+	word := f.word(ref)
+	select {
+	case <-word.done:
+		return
+	case <-ctx.Done():
+		return
+	case <-upstreams.done:
 	}
-	for {
-		select {
-		case <-done:
-			if upstreams.err == nil {
-				return
-			}
-			done = nil // nothing: the fleet's word is all that there will be
-		case <-word.done:
-			return
-		case <-late.C:
-			return
-		case <-ctx.Done():
-			return
-		}
+	if upstreams.err != nil { // the fleet's word is all that there will be
+		_, _ = word.wait(ctx, 0)
 	}
 }
 
-// leadTag waits while another host asks what a tag names. It returns what that one was told, or a lease if
-// this host is to ask.
-func (f *fleet) leadTag(ctx context.Context, ref oci.Reference) (*s3.Lease, resolution) {
-	var told resolution
-	var never time.Time // what is remembered may be old
-	lease, _ := f.lead(ctx, ref.String(), never, func() bool {
-		f.bucket.Forget(ref)
-		if f.adopt(ctx, ref) != nil {
-			return false
-		}
+// leadTag is what another host of the fleet was told of a tag, if that is fresh enough, or will be in a moment
+// since another host is asking. If not, the upstreams are to be asked: with a lease, for all of the fleet. None of
+// that takes longer than fleetTime, nor counts as time that an upstream takes.
+func (f *fleet) leadTag(ctx context.Context, ref oci.Reference, clients []*upstream.Client, want freshness) (resolution, *s3.Lease) {
+	defer holdPatience(ctx, fleetTime)()
+	ctx, cancel := context.WithTimeout(detached{ctx, context.Background()}, fleetTime) // without the upstreams' trace
+	defer cancel()
+	var answer resolution
+	known := func() bool {
 		manifest, tag := f.m.storedTag(ref)
-		if !f.m.fresh(ref, tag.Current.ValidatedAt) {
-			return false
+		if want.met(tag.Current.ValidatedAt) {
+			answer = resolution{manifest: manifest, at: tag.Current.ValidatedAt, told: true, durable: true}
 		}
-		told = resolution{manifest: manifest, at: tag.Current.ValidatedAt, durable: true}
-		return true
-	})
-	return lease, told
+		return answer.told
+	}
+	come := func() bool {
+		f.bucket.Forget(ref) // what is remembered may be old
+		return f.adopt(ctx, ref) == nil && known()
+	}
+	_, _ = f.word(ref).wait(ctx, 0)
+	if known() || tagsOut(clients) {
+		return answer, nil
+	}
+	following, stop := context.WithTimeout(ctx, f.m.cfg.Load().Shared.Wait.Duration)
+	defer stop()
+	for {
+		lease, err := f.claim(ctx, ref.String(), leaseTime)
+		if lease != nil && come() {
+			f.release(lease)
+			return answer, nil
+		}
+		if !errors.Is(err, s3.ErrHeld) || f.follow(following, come) || following.Err() != nil {
+			return answer, lease
+		}
+	}
 }
 
 // offers reports whether an image that a tag names can be had from the bucket.
@@ -324,10 +335,11 @@ func (f *fleet) overtaken(o *opening) {
 // lead waits while another host of the fleet is doing something, until come says that it is done, for at most
 // the configuration's shared.wait. It was last found not to be then. It returns a lease if this host is to do
 // it, whatever it is; nil if nobody else is known to. The caller releases it.
-func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come func() bool) (lease *s3.Lease, came bool) {
-	wait := f.m.cfg.Load().Shared.Wait.Duration
-	for begun := time.Now(); ; {
-		lease, err := f.bucket.Lease(f.m.sharing.ctx, name) // which is answered in time, and held longer than ctx lasts
+func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come func() bool) (*s3.Lease, bool) {
+	following, stop := context.WithTimeout(ctx, f.m.cfg.Load().Shared.Wait.Duration)
+	defer stop()
+	for ; ; looked = time.Now() {
+		lease, err := f.claim(ctx, name, fleetTime)
 		if lease != nil && time.Since(looked) > followPause && come() {
 			f.release(lease)
 			return nil, true
@@ -335,22 +347,61 @@ func (f *fleet) lead(ctx context.Context, name string, looked time.Time, come fu
 		if !errors.Is(err, s3.ErrHeld) {
 			return lease, false
 		}
-		for taken := time.Now(); time.Since(taken) < takePause; looked = time.Now() {
-			left := wait - time.Since(begun)
-			if left <= 0 {
-				return nil, false
-			}
-			select {
-			case <-time.After(min(followPause, left)):
-			case <-ctx.Done():
-				return nil, false
-			}
-			if come() {
-				return nil, true
-			}
-			completed(ctx)
+		if f.follow(following, come) {
+			return nil, true
+		}
+		if following.Err() != nil {
+			return nil, false
 		}
 	}
+}
+
+// claim takes a lease. It is s3.ErrHeld if another host has it. One that takes longer than the limit, or than ctx
+// lasts, is given back when it comes, and none is asked for while the bucket is out.
+func (f *fleet) claim(ctx context.Context, name string, limit time.Duration) (*s3.Lease, error) {
+	if health := f.bucket.Health(); health.Reads.Open || health.Writes.Open {
+		return nil, s3.ErrOut
+	}
+	type claimed struct {
+		lease *s3.Lease
+		err   error
+	}
+	taken := make(chan claimed)
+	waiting, leave := context.WithTimeout(ctx, limit)
+	defer leave()
+	if !f.m.sharing.start(func(life context.Context) { // it is held for longer than anybody waits
+		lease, err := f.bucket.Lease(life, name)
+		select {
+		case taken <- claimed{lease, err}:
+		case <-waiting.Done():
+			f.release(lease)
+		}
+	}) {
+		return nil, errClosed
+	}
+	select {
+	case c := <-taken:
+		return c.lease, c.err
+	case <-waiting.Done():
+		return nil, context.Cause(waiting)
+	}
+}
+
+// follow looks if something has come that another host is about, for takePause or until ctx ends.
+func (f *fleet) follow(ctx context.Context, come func() bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, takePause)
+	defer cancel()
+	for ctx.Err() == nil {
+		select {
+		case <-time.After(followPause):
+		case <-ctx.Done():
+		}
+		if come() {
+			return true
+		}
+		completed(ctx)
+	}
+	return false
 }
 
 // completed notes that whoever is waited for has done something.

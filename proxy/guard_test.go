@@ -356,6 +356,40 @@ func TestAccessBySharedStore(t *testing.T) {
 	}
 }
 
+// TestAccessOfWhatTheFleetTells: what another host of the fleet, or this one at another time, was told with an
+// account does not stand for what upstream says to callers whom nobody knows.
+func TestAccessOfWhatTheFleetTells(t *testing.T) {
+	i := newIdents(t)
+	without := strings.Replace(guarded, ", credentials: {username: ci, password_file: PASSWORD}", "", 1) + "access: {anonymous: true}\n"
+	with := guarded + "access: {htpasswd: $HTPASSWD, plain_http: true, loopback: open}\n"
+	nobody := whom{"nobody", far, nil}
+	for _, fresh := range []string{"tags: {fresh_for: 0s}\n", "tags: {fresh_for: 1h}\n"} {
+		h := newHosts(t)
+		h.quay.Configure(registrytest.Config{Auth: registrytest.Auth{Scheme: "Basic", Users: map[string]string{"ci": registrytest.Canary}}})
+		h.quay.Push("org/app", "latest", storedImage)
+		a := h.host(i.in(with + fresh))
+		h.pulls(a, "latest", storedImage)
+		h.published(a, "latest", storedImage.Digest())
+		if err := a.mirror.Use(a.config(i.in(without + fresh))); err != nil {
+			t.Fatal(err)
+		}
+		a.beyond()
+		for _, path := range []string{app + latest, app + "/manifests/" + storedImage.Digest().String()} {
+			for _, method := range []string{http.MethodGet, http.MethodHead} {
+				if got := a.by(nobody, method, path); got.StatusCode != http.StatusForbidden {
+					t.Errorf("%s%s %s: %d %s", fresh, method, path, got.StatusCode, got.Header.Get("Cache-Status"))
+				}
+			}
+		}
+		h.quay.Configure(registrytest.Config{}) // now it is for everybody
+		h.quay.Forget()
+		got := a.by(nobody, http.MethodGet, app+latest).want(a, http.StatusOK)
+		if cache := got.Header.Get("Cache-Status"); cache != cacheConfirmed || h.quay.Count(registrytest.Match{Method: http.MethodHead, Path: "/manifests/latest"}) != 1 {
+			t.Errorf("%s%q, and upstream was asked: %v", fresh, cache, h.quay.Requests(everything))
+		}
+	}
+}
+
 // TestAccessIsReloaded: a policy that has changed holds from the next request on, and one whose file is broken
 // changes nothing.
 func TestAccessIsReloaded(t *testing.T) {

@@ -183,12 +183,12 @@ func (k *keeper) resolve(ctx context.Context) (digest.Digest, error) {
 	if k.ref.Digest != "" {
 		return k.ref.Digest, nil
 	}
-	resolved, err := k.m.questionTag(k.ref).wait(ctx, 0)
+	resolved, err := k.m.questionTag(k.ref, freshness{within: k.m.freshFor(k.ref)}).wait(ctx, 0)
 	if err != nil {
 		if k.m.fleet == nil {
 			return "", err
 		}
-		k.m.fleet.hear(ctx, k.ref, nil)
+		_, _ = k.m.fleet.word(k.ref).wait(ctx, 0)
 		if stored, _ := k.m.storedTag(k.ref); k.m.fleet.offers(k.ref, stored) {
 			return stored.Digest, err
 		}

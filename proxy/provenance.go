@@ -22,6 +22,7 @@ type provenance struct {
 // What Cache-Status says of answers that are as good as upstream's own.
 const (
 	cacheHit        = "breakwater; hit"                                             // nobody was asked
+	cacheTold       = cacheHit + "; detail=fleet"                                   // another host of the fleet has asked
 	cacheFetched    = "breakwater; fwd=uri-miss; fwd-status=200"                    // it was not stored
 	cacheShared     = cacheFetched + "; detail=shared"                              // it came from the shared store
 	cacheUnverified = "breakwater; fwd=uri-miss; fwd-status=206; detail=unverified" // a part, not stored either
@@ -38,6 +39,11 @@ type found[T any] struct {
 
 // ageUnknown is the age of what was confirmed in the future.
 const ageUnknown = -1
+
+// hit is an answer that needed no question, since upstream gave it then.
+func hit(cache string, at time.Time) provenance {
+	return provenance{cache: cache, age: max(0, time.Since(at))}
+}
 
 // stale is a stored answer given because upstream did not confirm it: err says why.
 func stale(err error, age, freshFor time.Duration) provenance {

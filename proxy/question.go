@@ -53,6 +53,7 @@ func (qs *questions[T]) join(tasks *tasks, key string, ask func(context.Context)
 		}()
 		ctx, cancel := context.WithTimeout(ctx, headerBudget)
 		defer cancel()
+		ctx = context.WithValue(ctx, patienceKey{}, &q.progress)
 		q.answer, q.err = ask(httptrace.WithClientTrace(ctx, q.progress.trace()))
 	})
 	if !begun {
@@ -72,6 +73,19 @@ func (qs *questions[T]) part() {
 	qs.mu.Lock()
 	defer qs.mu.Unlock()
 	clear(qs.open)
+}
+
+type patienceKey struct{}
+
+// holdPatience has nobody lose patience with the question that is asked with ctx for so long, or until release is
+// called: upstreams are not asked yet, and are not to blame.
+func holdPatience(ctx context.Context, long time.Duration) (release func()) {
+	p, ok := ctx.Value(patienceKey{}).(*progress)
+	if !ok {
+		return func() {}
+	}
+	p.at.Store(time.Now().Add(long).UnixNano())
+	return p.note
 }
 
 // wait returns the answer, within headerBudget. With patience it gives up sooner, with errImpatient,

@@ -82,7 +82,7 @@ func (m *Mirror) askReferring(ctx context.Context, subject oci.Reference) (index
 		return nil, nil, err
 	}
 	for _, tag := range tagsReferring(subject) {
-		_, err := m.questionTag(tag).wait(ctx, 0)
+		_, err := m.questionTag(tag, freshness{within: m.freshFor(tag)}).wait(ctx, 0)
 		if err == nil {
 			tags = append(tags, tag)
 		} else if isOutage(err) {
@@ -142,9 +142,9 @@ func (f *fleet) adoptTags(ctx context.Context, subject oci.Reference, said []str
 		if !slices.Contains(said, tag.Tag) {
 			continue
 		}
-		_, err := f.ask(tag).wait(ctx, 0)
+		_, err := f.word(tag).wait(ctx, 0)
 		if err != nil {
-			_, err = f.m.questionTag(tag).wait(ctx, 0)
+			_, err = f.m.questionTag(tag, freshness{within: f.m.freshFor(tag)}).wait(ctx, 0)
 		}
 		if err == nil {
 			tags = append(tags, tag)

@@ -20,54 +20,85 @@ type resolution struct {
 	manifest    oci.Manifest
 	at          time.Time       // when upstream said so
 	unconfirmed *upstream.Error // upstream is a mirror too and said that nobody confirmed it; else nil
+	told        bool            // another host of the fleet was told so; nobody was asked for this one
 	fetched     bool            // the manifest was not stored before
 	durable     bool            // it is stored now
 }
 
-// manifestByTag answers a tag: from the record while it is fresh, else by asking upstream.
+// freshness is what a resolution that somebody has already must have for no upstream to be asked.
+type freshness struct {
+	within time.Duration // how old it is at most; 0: upstreams are asked
+}
+
+// met reports whether an answer that upstream gave then will do. One from the future, by a clock since set back,
+// never does.
+func (f freshness) met(at time.Time) bool {
+	age := time.Since(at)
+	return age >= -storage.ClockTolerance && age < f.within
+}
+
+// freshFor is how long an answer needs no question, by the configuration.
+func (m *Mirror) freshFor(ref oci.Reference) time.Duration {
+	return m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration
+}
+
+// fresh reports whether an answer that upstream gave then needs no question now.
+func (m *Mirror) fresh(ref oci.Reference, validatedAt time.Time) bool {
+	return freshness{within: m.freshFor(ref)}.met(validatedAt)
+}
+
+// manifestByTag answers a tag: from the record while it is fresh, else by asking the fleet and the upstreams.
 func (m *Mirror) manifestByTag(ctx context.Context, t target) (oci.Manifest, provenance, error) {
+	ctx, cancel := context.WithTimeout(ctx, headerBudget) // for all that is waited for
+	defer cancel()
 	stored, tag := m.storedTagFor(t)
-	unseen := tag.Current.ValidatedAt.IsZero()
-	if m.fleet != nil && !m.fresh(t.ref, tag.Current.ValidatedAt) && m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration > 0 {
-		m.fleet.hear(ctx, t.ref, nil) // another host may have asked lately
-		stored, tag = m.storedTagFor(t)
-	}
 	if m.fresh(t.ref, tag.Current.ValidatedAt) {
-		manifest, how := m.pullable(t, tag, stored, provenance{cache: cacheHit, age: max(0, time.Since(tag.Current.ValidatedAt))})
+		manifest, how := m.pullable(t, tag, stored, hit(cacheHit, tag.Current.ValidatedAt))
 		return manifest, how, nil
 	}
-	q := m.questionTag(t.ref)
+	unseen := tag.Current.ValidatedAt.IsZero()
+	q := m.questionTag(t.ref, freshness{within: m.freshFor(t.ref)})
 	if m.fleet != nil {
 		m.fleet.hear(ctx, t.ref, q)
 		stored, tag = m.storedTagFor(t)
 	}
-	resolved, how, err := revalidate(ctx, m, t, m.standby(t, tag.Current.ValidatedAt), q)
-	if errors.Is(err, errUseStored) {
+	have := m.standby(t, tag.Current.ValidatedAt)
+	answer, how, err := revalidate(ctx, m, t, have, q)
+	if err == nil && answer.told && m.withheld(t, answer.manifest.Digest) { // it is upstream's to say whom it is for
+		answer, how, err = revalidate(ctx, m, t, have, m.questionTag(t.ref, freshness{}))
+	}
+	switch {
+	case errors.Is(err, errUseStored):
+		answer.manifest = stored
 		if m.fleet != nil && tag.Published.Digest != tag.Current.Digest {
 			how = how.unpublished()
 		}
-		manifest, how := m.pullable(t, tag, stored, how)
-		return manifest, how, nil
-	}
-	switch {
-	case err == nil && resolved.unconfirmed != nil:
-		how = stale(resolved.unconfirmed, max(0, time.Since(resolved.at)), m.cfg.Load().TagsFor(t.ref.Repository).FreshFor.Duration)
-	case err == nil && !resolved.fetched:
+	case err != nil:
+		return oci.Manifest{}, how, err
+	case answer.unconfirmed != nil:
+		how = stale(answer.unconfirmed, max(0, time.Since(answer.at)), m.freshFor(t.ref))
+	case answer.told:
+		how = hit(cacheTold, answer.at)
+	case !answer.fetched:
 		how = provenance{cache: cacheConfirmed}
-	case err == nil && unseen: // what is stored by now is upstream's answer
+	case unseen: // what is stored by now is upstream's answer
 		how.cache = cacheFetched
 	}
-	if err != nil {
-		return oci.Manifest{}, how, err
+	if err == nil {
+		_, tag = m.storedTagFor(t) // what upstream said has been noted
 	}
-	_, tag = m.storedTagFor(t) // what upstream said has been noted
-	manifest, how := m.pullable(t, tag, resolved.manifest, how)
+	manifest, how := m.pullable(t, tag, answer.manifest, how)
 	return manifest, how, nil
 }
 
-// questionTag is the one question about a tag that is open, for all who want to know.
-func (m *Mirror) questionTag(ref oci.Reference) *question[resolution] {
-	return m.tags.join(m.asking, ref.String(), func(ctx context.Context) (resolution, error) { return m.askTag(ctx, ref) })
+// questionTag is the one question about a tag that is open, for all who want to know, if nobody of the fleet can
+// tell what is fresh enough.
+func (m *Mirror) questionTag(ref oci.Reference, want freshness) *question[resolution] {
+	key := ref.String()
+	if m.fleet != nil {
+		key += " " + want.within.String() // who wants it fresher is not answered by what another one was content with
+	}
+	return m.tags.join(m.asking, key, func(ctx context.Context) (resolution, error) { return m.askTag(ctx, ref, want) })
 }
 
 // pullable is the answer to a tag: what it names or, if that cannot be had whole, the last complete image
@@ -97,13 +128,6 @@ func (m *Mirror) pullable(t target, tag storage.Tag, named oci.Manifest, how pro
 
 // errUseStored says that the stored answer is to be given, marked stale.
 var errUseStored = errors.New("use what is stored")
-
-// fresh reports whether an answer that upstream gave then needs no question now. One from the future, by a clock since set back,
-// always does.
-func (m *Mirror) fresh(ref oci.Reference, validatedAt time.Time) bool {
-	age := time.Since(validatedAt)
-	return age >= -storage.ClockTolerance && age < m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration
-}
 
 // standby is a stored answer that can be given if upstream does not give its own.
 type standby struct {
@@ -198,18 +222,18 @@ func (t target) tooStale(err error, age time.Duration) error {
 	return e
 }
 
-// askTag asks the upstreams what a tag names, and makes that the record. The manifest is stored before
-// the record names it. What was fetched is answered even if the disk would not have it.
-func (m *Mirror) askTag(ctx context.Context, ref oci.Reference) (resolution, error) {
+// askTag asks the upstreams what a tag names, unless the fleet knows, and makes that the record. The manifest is
+// stored before the record names it. What was fetched is answered even if the disk would not have it.
+func (m *Mirror) askTag(ctx context.Context, ref oci.Reference, want freshness) (resolution, error) {
 	clients, err := m.upstreams(ref)
 	if err != nil {
 		return resolution{}, err
 	}
 	var lease *s3.Lease
-	if m.fleet != nil && m.cfg.Load().TagsFor(ref.Repository).FreshFor.Duration > 0 && !tagsOut(clients) {
-		var told resolution
-		if lease, told = m.fleet.leadTag(ctx, ref); told.durable {
-			return told, nil
+	if m.fleet != nil && want.within > 0 {
+		var answer resolution
+		if answer, lease = m.fleet.leadTag(ctx, ref, clients, want); answer.told {
+			return answer, nil
 		}
 	}
 	var r *race[resolution]

@@ -1,0 +1,108 @@
+package proxy
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"breakwater/pkg/buckettest"
+	"breakwater/pkg/registrytest"
+)
+
+// headsOfV1 are the questions upstream what v1 names.
+var headsOfV1 = registrytest.Match{Kind: registrytest.KindManifest, Method: http.MethodHead, Path: "/manifests/v1"}
+
+// TestSharedTold: an answer that another host was given says so, and that nobody was asked.
+func TestSharedTold(t *testing.T) {
+	h := newHosts(t)
+	image := h.push("v1", 601, 200<<10)
+	yaml := "tags: {fresh_for: 1h}\n" + shared
+	a := h.host(yaml)
+	h.pulls(a, "v1", image)
+	h.published(a, "v1", image.Digest())
+	h.redate("records/quay.test/org/app/_tags/v1", time.Now().Add(-2*time.Minute))
+	h.quay.Forget()
+	b := h.host(yaml)
+	for _, want := range []string{cacheTold, cacheHit} {
+		got := b.get(app+"/manifests/v1").want(b, http.StatusOK).fresh(b)
+		if cache, age := got.Header.Get("Cache-Status"), got.Header.Get("Age"); cache != want || age != "120" && age != "121" {
+			t.Errorf("Cache-Status %q, Age %s, want %q and two minutes", cache, age, want)
+		}
+	}
+	if n := h.quay.Count(headsOfV1); n > 0 {
+		t.Errorf("%d questions upstream", n)
+	}
+}
+
+// TestSharedSlowBucket: a bucket that is slow, or hangs, to read or to write, costs at most one wait of two
+// seconds, and a healthy upstream's word is what is answered.
+func TestSharedSlowBucket(t *testing.T) {
+	slow := registrytest.Delay(1700 * time.Millisecond)
+	for name, tt := range map[string]struct {
+		match registrytest.Match
+		fault registrytest.Fault
+		limit time.Duration
+	}{
+		"slow to write":  {buckettest.Writes, slow, 1200 * time.Millisecond},
+		"slow to read":   {buckettest.Reads, slow, 3 * time.Second},
+		"slow":           {buckettest.All, slow, 3 * time.Second},
+		"hangs to write": {buckettest.Writes, registrytest.Hang(), 1200 * time.Millisecond},
+		"hangs":          {buckettest.All, registrytest.Hang(), 3 * time.Second},
+	} {
+		for _, stored := range []string{"", "stored"} {
+			t.Run(strings.TrimSpace(name+" "+stored), func(t *testing.T) {
+				h := newHosts(t)
+				image := h.push("v1", 610, 200<<10)
+				a := h.host("tags: {fresh_for: 1ms}\n" + shared)
+				if stored != "" {
+					h.pulls(a, "v1", image)
+					h.published(a, "v1", image.Digest())
+				}
+				h.eventually("all is published", func() bool { return a.mirror.completions.count() == 0 && a.mirror.fleet.publish.count() == 0 })
+				h.quay.Fault(everything, registrytest.Delay(200*time.Millisecond))
+				h.bucket.Fault(tt.match, tt.fault)
+				h.quay.Forget()
+				for range 3 {
+					a.shared.Forget(reference(a, "v1"))
+					begun := time.Now()
+					a.get(app+"/manifests/v1").want(a, http.StatusOK).fresh(a)
+					if took := time.Since(begun); took > tt.limit {
+						t.Errorf("took %v", took)
+					}
+				}
+				if h.quay.Count(headsOfV1) == 0 {
+					t.Error("upstream was not asked")
+				}
+			})
+		}
+	}
+}
+
+// TestSharedNoLeaseWhileOut: who knows that the bucket is out for either, does not ask it who may ask upstream.
+func TestSharedNoLeaseWhileOut(t *testing.T) {
+	for name, match := range map[string]registrytest.Match{"reads": buckettest.Reads, "writes": buckettest.Writes} {
+		t.Run(name, func(t *testing.T) {
+			h := newHosts(t)
+			image := h.push("v1", 620, 200<<10)
+			a := h.host("tags: {fresh_for: 1ms}\n" + shared)
+			h.pulls(a, "v1", image)
+			h.published(a, "v1", image.Digest())
+			h.eventually("all is published", func() bool { return a.mirror.completions.count() == 0 && a.mirror.fleet.publish.count() == 0 })
+			h.bucket.Fault(match, registrytest.Hang())
+			h.eventually("it is known to be out", func() bool {
+				a.shared.Forget(reference(a, "v1"))
+				h.pulls(a, "v1", image).fresh(a)
+				return a.shared.Health().Reads.Open || a.shared.Health().Writes.Open
+			})
+			taking := registrytest.Match{Path: "/leases/", Method: http.MethodPut}
+			asked := h.bucket.Count(taking)
+			for range 3 {
+				h.pulls(a, "v1", image).fresh(a)
+			}
+			if n := h.bucket.Count(taking) - asked; n != 0 {
+				t.Errorf("%d requests for leases", n)
+			}
+		})
+	}
+}
