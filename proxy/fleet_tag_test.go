@@ -106,3 +106,35 @@ func TestSharedNoLeaseWhileOut(t *testing.T) {
 		})
 	}
 }
+
+// TestSharedKeepEvery: what is kept is asked for as often as the configuration says, also where tags are fresh for
+// longer and nobody of the fleet but this host has asked.
+func TestSharedKeepEvery(t *testing.T) {
+	h := newHosts(t)
+	h.push("v1", 630, 1000)
+	a := h.host("tags: {fresh_for: 1h}\nkeep: [{image: quay.test/org/app:v1, every: 10s}]\n" + shared)
+	h.eventually("the first is published", func() bool {
+		got, err := a.shared.Tag(t.Context(), reference(a, "v1"))
+		return err == nil && got.Digest != ""
+	})
+	second := h.push("v1", 631, 1000)
+	h.eventually("it has the new one", func() bool {
+		tag, err := a.store.Tag(a.repository("org/app"), "v1")
+		return err == nil && tag.LastComplete.Digest == second.Digest()
+	})
+}
+
+// TestSharedKeepTold: of hosts that keep the same image, one asks for all.
+func TestSharedKeepTold(t *testing.T) {
+	h := newHosts(t)
+	image := h.push("v1", 640, 1000)
+	a := h.host("tags: {fresh_for: 1h}\n" + shared)
+	h.pulls(a, "v1", image)
+	h.published(a, "v1", image.Digest())
+	h.quay.Forget()
+	b := h.host("tags: {fresh_for: 1h}\nkeep: [{image: quay.test/org/app:v1, every: 30m}]\n" + shared)
+	h.eventually("b has it", func() bool { return b.store.Complete(b.repository("org/app"), image.Digest()) })
+	if n := h.quay.Count(headsOfV1); n > 0 {
+		t.Errorf("%d questions upstream", n)
+	}
+}

@@ -183,7 +183,9 @@ func (k *keeper) resolve(ctx context.Context) (digest.Digest, error) {
 	if k.ref.Digest != "" {
 		return k.ref.Digest, nil
 	}
-	resolved, err := k.m.questionTag(k.ref, freshness{within: k.m.freshFor(k.ref)}).wait(ctx, 0)
+	tag, _ := k.m.store.Tag(k.ref.Repository, k.ref.Tag) // what this host has by itself is no news
+	want := freshness{within: min(k.cfg.Every.Duration, k.m.freshFor(k.ref)), after: tag.Current.ValidatedAt}
+	resolved, err := k.m.questionTag(k.ref, want).wait(ctx, 0)
 	if err != nil {
 		if k.m.fleet == nil {
 			return "", err

@@ -28,13 +28,14 @@ type resolution struct {
 // freshness is what a resolution that somebody has already must have for no upstream to be asked.
 type freshness struct {
 	within time.Duration // how old it is at most; 0: upstreams are asked
+	after  time.Time     // it is newer than this one, which is known
 }
 
 // met reports whether an answer that upstream gave then will do. One from the future, by a clock since set back,
 // never does.
 func (f freshness) met(at time.Time) bool {
 	age := time.Since(at)
-	return age >= -storage.ClockTolerance && age < f.within
+	return age >= -storage.ClockTolerance && age < f.within && at.After(f.after)
 }
 
 // freshFor is how long an answer needs no question, by the configuration.
