@@ -138,3 +138,31 @@ func TestSharedKeepTold(t *testing.T) {
 		t.Errorf("%d questions upstream", n)
 	}
 }
+
+// TestSharedLateLease: a lease that comes when nobody waits for it any more is given back.
+func TestSharedLateLease(t *testing.T) {
+	h := newHosts(t)
+	image := h.push("v1", 650, 1000)
+	a := h.host("tags: {fresh_for: 1ms}\n" + shared)
+	h.pulls(a, "v1", image)
+	h.published(a, "v1", image.Digest())
+	h.eventually("all is published", func() bool { return a.mirror.completions.count() == 0 && a.mirror.fleet.publish.count() == 0 })
+	h.eventually("no lease is held", func() bool { return len(h.bucket.Names("leases/")) == 0 })
+	h.bucket.Fault(buckettest.Leases, registrytest.Delay(2*leaseTime))
+	a.get(app+"/manifests/v1").want(a, http.StatusOK).fresh(a)
+	h.eventually("the lease has come", func() bool { return len(h.bucket.Names("leases/")) == 1 })
+	h.eventually("it is given back", func() bool { return len(h.bucket.Names("leases/")) == 0 })
+}
+
+// TestSharedFresherQuestion: who wants to hear an upstream is not answered by a question that the fleet may answer.
+func TestSharedFresherQuestion(t *testing.T) {
+	h := newHosts(t)
+	a := h.host(shared)
+	h.quay.Fault(everything, registrytest.Hang())
+	t.Cleanup(h.quay.Heal)
+	ref := reference(a, "v1")
+	told, asked := a.mirror.questionTag(ref, freshness{within: time.Hour}), a.mirror.questionTag(ref, freshness{})
+	if told == asked || asked != a.mirror.questionTag(ref, freshness{}) {
+		t.Error("questions of different freshness are one, or of the same are two")
+	}
+}
