@@ -12,7 +12,7 @@ const (
 	Unchanged Act = "unchanged" // is ours, and as it should be
 	Write     Act = "write"     // there is none
 	Update    Act = "update"    // is ours, and not as it should be
-	Replace   Act = "replace"   // is not ours; it is kept as hosts.toml.before-breakwater
+	Replace   Act = "replace"   // is not ours; it is kept, with .before-breakwater behind its name
 	Remove    Act = "remove"    // is ours, and there was none before
 	Restore   Act = "restore"   // is ours, and there was one before, which comes back
 	Keep      Act = "keep"
@@ -24,7 +24,7 @@ type Change struct {
 	Path    string `json:"path"`
 	Act     Act    `json:"act"`
 	Note    string `json:"note,omitempty"`    // what somebody should know about it
-	Content string `json:"content,omitempty"` // of what is written, without secrets
+	Content string `json:"content,omitempty"` // of a hosts.toml that is written, without secrets
 }
 
 // Existing says what happens where a file is that is not ours.

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,7 +17,8 @@ import (
 const defaultFolder = "_default"
 
 // Containerd is what is told to containerd, and to all that reads files like its own, in
-// DIR/REGISTRY/hosts.toml (containerd, docs/hosts.md). None of them needs a restart.
+// DIR/REGISTRY/hosts.toml and the files that this one names (containerd, docs/hosts.md). None of them needs a
+// restart.
 type Containerd struct {
 	Dir        string            // DIR, such as /etc/containerd/certs.d
 	Mirror     string            // the URL of the mirror
@@ -27,7 +27,13 @@ type Containerd struct {
 	Referrers  Referrers
 	// Authorization is the value of that header, "" for none: only root may read the files then.
 	Authorization string
-	Existing      Existing
+	// CA is certificates of authorities in PEM, "" for none: containerd trusts them beside the host's own, for
+	// the mirror alone.
+	CA string
+	// Client is a certificate and its key in PEM, "" for none, which containerd shows to the mirror. Only root
+	// may read the file with it.
+	Client   string
+	Existing Existing
 }
 
 // Others says whether registries that are not named are asked of the mirror too.
@@ -72,9 +78,9 @@ func (c Containerd) Write() ([]Change, error) {
 			return nil, err
 		}
 		var refused []error
-		for _, t := range todo {
-			if t.Act == Refuse {
-				refused = append(refused, fmt.Errorf("%s: %s", t.Path, t.Note))
+		for _, change := range changes(todo) {
+			if change.Act == Refuse {
+				refused = append(refused, fmt.Errorf("%s: %s", change.Path, change.Note))
 			}
 		}
 		if refused != nil {
@@ -100,10 +106,7 @@ func Undo(dir string) ([]Change, error) {
 			if err != nil {
 				return nil, err
 			}
-			if change, ok := f.undo(); ok {
-				change.Path = filepath.Join(dir, name, hostsFile)
-				todo = append(todo, task{change, f, file{}})
-			}
+			todo = append(todo, task{f, f.undo(dir, func(place) bool { return true })})
 		}
 		return carryOut(root, todo)
 	})
@@ -127,42 +130,36 @@ func locked(dir string, f func(*os.Root) ([]Change, error)) ([]Change, error) {
 	return f(root)
 }
 
-// task is a change, and what it takes to carry it out.
+// task is what is to be done in one folder, in this order.
 type task struct {
-	Change
 	folder folder
-	file   file
+	steps  []step
 }
 
 func changes(todo []task) []Change {
-	all := make([]Change, 0, len(todo))
+	all := []Change{}
 	for _, t := range todo {
-		all = append(all, t.Change)
+		for _, s := range t.steps {
+			all = append(all, s.Change)
+		}
 	}
 	return all
 }
 
-// carryOut goes on past what fails, and returns what is done.
+// carryOut goes on with the next folder past what fails, and returns what is done.
 func carryOut(root *os.Root, todo []task) ([]Change, error) {
 	if err := sweep(root); err != nil {
 		return nil, err
 	}
-	done, failed := make([]Change, 0, len(todo)), []error(nil)
+	done, failed := []Change{}, []error(nil)
 	for _, t := range todo {
-		err := t.folder.carryOut(t.Act, t.file)
-		if errors.Is(err, fs.ErrNotExist) && (t.Act == Remove || t.Act == Restore) {
-			err = nil // somebody was sooner
-		}
-		if err != nil {
-			failed = append(failed, fmt.Errorf("%s %s: %w", t.Act, t.Path, err))
-			continue
-		}
-		done = append(done, t.Change)
+		steps, err := t.folder.carryOut(t.steps)
+		done, failed = append(done, steps...), append(failed, err)
 	}
 	return done, errors.Join(failed...)
 }
 
-// todo is what is to be done with each registry's file, and with those of ours for others. root is nil
+// todo is what is to be done with each registry's files, and with those of ours for others. root is nil
 // if there is no folder yet.
 func (c Containerd) todo(root *os.Root) ([]task, error) {
 	wanted, err := c.wanted(root)
@@ -184,25 +181,11 @@ func (c Containerd) todo(root *os.Root) ([]task, error) {
 		if err != nil {
 			return nil, err
 		}
-		server, want := wanted[name]
-		t := task{Change{Path: filepath.Join(c.Dir, name, hostsFile)}, f, c.file(server)}
-		switch {
-		case want:
-			t.Act, t.Note = f.plan(t.file, c.Existing)
-			if t.Act == Write || t.Act == Update || t.Act == Replace {
-				hidden := c
-				if c.Authorization != "" {
-					hidden.Authorization = "…"
-				}
-				t.Content = hidden.file(server).text
-			}
-		case f.ours:
-			change, _ := f.undo()
-			t.Act, t.Note = change.Act, change.Note
-		default:
-			continue
+		var want []file
+		if server, ok := wanted[name]; ok {
+			want = c.files(server)
 		}
-		todo = append(todo, t)
+		todo = append(todo, task{f, f.plan(c.Dir, want, c.Existing)})
 	}
 	return todo, nil
 }
@@ -240,20 +223,42 @@ func portFolder(registry string) string {
 	return registry
 }
 
-// mark begins each file of ours, and nobody else's.
+// mark begins each file of ours, and nobody else's. Text before what is in PEM means nothing there.
 const mark = "# Managed by breakwater"
 
-// file is what a hosts.toml should be.
+const heading = mark + ": `breakwater setup containerd --undo` restores what was here before.\n"
+
+// file is what one file of a folder's should be.
 type file struct {
-	text string
-	mode fs.FileMode
+	name, text string
+	mode       fs.FileMode
+	shown      string // of the text, to whoever asks what would be written
 }
 
-// file names the mirror, and the registry's own server, if it is known which that is. check has seen to
-// it that what Go quotes is what TOML quotes. Capabilities that are not written would be all, push too.
-func (c Containerd) file(server string) file {
+// files are those of a registry's folder, each behind those that it names: containerd does not pull at all by one
+// that names what is not there.
+func (c Containerd) files(server string) (files []file) {
+	if c.CA != "" {
+		files = append(files, file{name: caFile, text: heading + c.CA, mode: 0o644})
+	}
+	if c.Client != "" {
+		files = append(files, file{name: clientFile, text: heading + c.Client, mode: 0o600})
+	}
+	hidden := c
+	hosts := file{name: hostsFile, text: c.hosts(server), mode: 0o644}
+	if c.Authorization != "" {
+		hosts.mode, hidden.Authorization = 0o600, "…"
+	}
+	hosts.shown = hidden.hosts(server)
+	return append(files, hosts)
+}
+
+// hosts names the mirror, and the registry's own server, if it is known which that is. check has seen to
+// it that what Go quotes is what TOML quotes. Capabilities that are not written would be all, push too. A name of
+// a file is one in the same folder.
+func (c Containerd) hosts(server string) string {
 	var text strings.Builder
-	text.WriteString(mark + ": `breakwater setup containerd --undo` restores what was here before.\n")
+	text.WriteString(heading)
 	if server != "" {
 		fmt.Fprintf(&text, "server = %q\n", server)
 	}
@@ -262,12 +267,16 @@ func (c Containerd) file(server string) file {
 		words += `, "referrers"`
 	}
 	fmt.Fprintf(&text, "\n[host.%q]\n  capabilities = [%s]\n", c.Mirror, words)
-	mode := fs.FileMode(0o644)
+	if c.CA != "" {
+		fmt.Fprintf(&text, "  ca = %q\n", caFile)
+	}
+	if c.Client != "" {
+		fmt.Fprintf(&text, "  client = %q\n", clientFile)
+	}
 	if c.Authorization != "" {
 		fmt.Fprintf(&text, "  [host.%q.header]\n    Authorization = %q\n", c.Mirror, c.Authorization)
-		mode = 0o600
 	}
-	return file{text.String(), mode}
+	return text.String()
 }
 
 // check finds mistakes in what the files are made of. It never repeats the secret.
@@ -280,6 +289,9 @@ func (c Containerd) check() error {
 		return errors.New("mirror: an account, a query or a fragment has no place in its URL")
 	case !printable(c.Authorization):
 		return errors.New("authorization: what is not printable ASCII has no place in a header")
+	}
+	if err := c.checkTLS(u.Scheme); err != nil {
+		return err
 	}
 	for registry, server := range c.Registries {
 		if registry == "" || strings.ContainsAny(registry, "/\\") || strings.HasPrefix(registry, ".") || !printable(registry+server) {

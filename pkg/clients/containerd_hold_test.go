@@ -46,7 +46,7 @@ func TestHold(t *testing.T) {
 		go func() { ended <- c.Hold(ctx, slog.New(slog.NewTextHandler(&log, nil))) }()
 		synctest.Wait()
 		held := d.tree()
-		if held["quay.io/"+backupFile] == "" || held["docker.io/hosts.toml"] == "" {
+		if held["quay.io/"+hostsFile+keptSuffix] == "" || held["docker.io/hosts.toml"] == "" {
 			t.Errorf("held: %v", held)
 		}
 		time.Sleep(10 * lookAgain)

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -81,7 +82,7 @@ func (d *certsD) tree() map[string]string {
 	return tree
 }
 
-// must returns what a call has done, as words: name, act.
+// must returns what a call has done, as words: the registry, or another file than its hosts.toml, and the act.
 func (d *certsD) must(done []Change, err error) []string {
 	d.Helper()
 	if err != nil {
@@ -94,10 +95,10 @@ func (d *certsD) words(done []Change) (words []string) {
 	d.Helper()
 	for _, change := range done {
 		name, err := filepath.Rel(d.dir, change.Path)
-		if err != nil || filepath.Base(name) != hostsFile {
+		if err != nil || !slices.Contains(fileNames, filepath.Base(name)) {
 			d.Fatalf("a change of %s", change.Path)
 		}
-		words = append(words, filepath.Dir(name)+" "+string(change.Act))
+		words = append(words, strings.TrimSuffix(name, "/"+hostsFile)+" "+string(change.Act))
 	}
 	return words
 }
@@ -114,26 +115,33 @@ func TestFile(t *testing.T) {
 		name   string
 		change func(*Containerd)
 		server string
+		files  int
 		mode   fs.FileMode
 		want   string
 	}{
-		{"plain", func(*Containerd) {}, "https://quay.io", 0o644,
+		{"plain", func(*Containerd) {}, "https://quay.io", 1, 0o644,
 			"server = \"https://quay.io\"\n\n[host.\"http://127.0.0.1:5000\"]\n  capabilities = [\"pull\", \"resolve\"]\n"},
-		{"of no registry", func(*Containerd) {}, "", 0o644,
+		{"of no registry", func(*Containerd) {}, "", 1, 0o644,
 			"\n[host.\"http://127.0.0.1:5000\"]\n  capabilities = [\"pull\", \"resolve\"]\n"},
-		{"referrers", func(c *Containerd) { c.Referrers = true }, "https://quay.io", 0o644,
+		{"referrers", func(c *Containerd) { c.Referrers = true }, "https://quay.io", 1, 0o644,
 			"server = \"https://quay.io\"\n\n[host.\"http://127.0.0.1:5000\"]\n  capabilities = [\"pull\", \"resolve\", \"referrers\"]\n"},
-		{"secret", func(c *Containerd) { c.Authorization = `Basic "a\b"` }, "https://quay.io", 0o600,
+		{"certificates", func(c *Containerd) { c.CA, c.Client = "x", "y" }, "", 3, 0o644,
+			"\n[host.\"http://127.0.0.1:5000\"]\n  capabilities = [\"pull\", \"resolve\"]\n  ca = \"breakwater-ca.pem\"\n  client = \"breakwater-client.pem\"\n"},
+		{"secret", func(c *Containerd) { c.Authorization = `Basic "a\b"` }, "https://quay.io", 1, 0o600,
 			"server = \"https://quay.io\"\n\n[host.\"http://127.0.0.1:5000\"]\n  capabilities = [\"pull\", \"resolve\"]\n" +
 				"  [host.\"http://127.0.0.1:5000\".header]\n    Authorization = \"Basic \\\"a\\\\b\\\"\"\n"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c := newCertsD(t).containerd()
 			row.change(&c)
-			got := c.file(row.server)
+			all := c.files(row.server)
+			got := all[len(all)-1]
 			first, rest, _ := strings.Cut(got.text, "\n")
-			if !strings.HasPrefix(first, mark) || rest != row.want || got.mode != row.mode {
-				t.Errorf("%v %s\nwant %v %s", got.mode, got.text, row.mode, row.want)
+			if len(all) != row.files || got.name != hostsFile || !strings.HasPrefix(first, mark) || rest != row.want || got.mode != row.mode {
+				t.Errorf("of %d: %v %s\nwant of %d: %v %s", len(all), got.mode, got.text, row.files, row.mode, row.want)
+			}
+			if strings.Contains(got.shown, "Basic") || len(got.shown) < len(row.want)-len(c.Authorization) {
+				t.Errorf("shown: %s", got.shown)
 			}
 			var read struct {
 				Server string
@@ -224,7 +232,7 @@ func TestForeign(t *testing.T) {
 		}, ExistingKeep, "keep", "folder is not one"},
 		{"replaced before", func(d *certsD) {
 			d.put("quay.io/hosts.toml", "two", 0o640)
-			d.put("quay.io/"+backupFile, "one", 0o640)
+			d.put("quay.io/"+hostsFile+keptSuffix, "one", 0o640)
 		}, ExistingReplace, "refuse", "move away one"},
 		{"certificates", func(d *certsD) { d.put("quay.io/ca.crt", "", 0o640) }, ExistingRefuse, "write", "no longer reads ca.crt"},
 		{"ours in the past", func(d *certsD) { d.put("quay.io/hosts.toml", mark+", an older one\n", 0o640) }, ExistingRefuse, "update", ""},
@@ -303,12 +311,15 @@ func TestChangedAfterwards(t *testing.T) {
 		if replaced != "" {
 			d.put("quay.io/hosts.toml", replaced, 0o644)
 		}
+		nothing := c
+		nothing.Registries = nil
+		d.same("plan of nothing", d.must(nothing.Plan()), []string{"docker.io remove"})
 		before := d.tree()
 		delete(before, "docker.io")
 		delete(before, "docker.io/hosts.toml")
 		done, err := Undo(d.dir)
 		d.same("undo", d.must(done, err), []string{"docker.io remove", "quay.io keep"})
-		if !strings.Contains(done[1].Note, backupFile) {
+		if !strings.Contains(done[1].Note, hostsFile+keptSuffix) {
 			t.Errorf("note: %q", done[1].Note)
 		}
 		d.same("after undo", d.tree(), before)
@@ -348,7 +359,7 @@ func TestNeverWithout(t *testing.T) {
 func TestKilled(t *testing.T) {
 	const foreign = "server = \"https://mine\"\n"
 	c := newCertsD(t).containerd()
-	ours := c.file("https://quay.io").text
+	ours := c.hosts("https://quay.io")
 	link := func(d *certsD, from, to string) {
 		if err := os.Link(filepath.Join(d.dir, from), filepath.Join(d.dir, to)); err != nil {
 			d.Fatal(err)
@@ -364,24 +375,24 @@ func TestKilled(t *testing.T) {
 		{"the folder is in place", func(d *certsD) { d.put("quay.io/hosts.toml", ours, 0o644) }, ""},
 		{"a file is half written", func(d *certsD) {
 			d.put("quay.io/hosts.toml", foreign, 0o640)
-			d.put("quay.io/"+newFile, ours[:9], 0o600)
+			d.put("quay.io/"+hostsFile+newSuffix, ours[:9], 0o600)
 		}, foreign},
 		{"the foreign one is put aside", func(d *certsD) {
 			d.put("quay.io/hosts.toml", foreign, 0o640)
-			d.put("quay.io/"+newFile, ours, 0o644)
-			link(d, "quay.io/hosts.toml", "quay.io/"+backupFile)
+			d.put("quay.io/"+hostsFile+newSuffix, ours, 0o644)
+			link(d, "quay.io/hosts.toml", "quay.io/"+hostsFile+keptSuffix)
 		}, foreign},
 		{"the foreign one is put aside, swept", func(d *certsD) {
 			d.put("quay.io/hosts.toml", foreign, 0o640)
-			link(d, "quay.io/hosts.toml", "quay.io/"+backupFile)
+			link(d, "quay.io/hosts.toml", "quay.io/"+hostsFile+keptSuffix)
 		}, foreign},
 		{"it is replaced", func(d *certsD) {
-			d.put("quay.io/"+backupFile, foreign, 0o640)
+			d.put("quay.io/"+hostsFile+keptSuffix, foreign, 0o640)
 			d.put("quay.io/hosts.toml", ours, 0o644)
 		}, foreign},
 		{"a file is in place under both names", func(d *certsD) {
-			d.put("quay.io/"+newFile, ours, 0o644)
-			link(d, "quay.io/"+newFile, "quay.io/hosts.toml")
+			d.put("quay.io/"+hostsFile+newSuffix, ours, 0o644)
+			link(d, "quay.io/"+hostsFile+newSuffix, "quay.io/hosts.toml")
 		}, ""},
 		{"ours is removed, and its folder is not", func(d *certsD) {
 			if err := os.MkdirAll(filepath.Join(d.dir, "quay.io"), 0o755); err != nil {
@@ -480,7 +491,7 @@ func TestUndoGoesOn(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		todo = append(todo, task{Change{Path: name, Act: Restore}, f, file{}})
+		todo = append(todo, task{f, f.undo("", func(place) bool { return true })})
 	}
 	if err := os.RemoveAll(filepath.Join(d.dir, "a.test")); err != nil {
 		t.Fatal(err)
