@@ -33,6 +33,7 @@ func setupCommand(usual string) *cobra.Command {
 // containerdFlags are those of setup containerd.
 type containerdFlags struct {
 	mirror, dir, existing, authorization, config string
+	ca, clientCert, clientKey                    string
 	referrers, write, undo, hold                 bool
 }
 
@@ -48,7 +49,11 @@ Docker 28 or later (--certs-d /etc/docker/certs.d) read the same files; none of 
 It shows what would change. --write does it, --undo restores byte for byte what was there before, and --hold
 does both: it writes, waits for SIGTERM or SIGINT, and undoes; meanwhile it writes again what vanishes.
 
-A hosts.toml that is not breakwater's is never lost. By --existing it makes the command fail before anything
+--ca names the authority of the mirror's certificate where the host does not trust it: its certificates are
+written beside each hosts.toml, which names them for the mirror alone. --client-cert and --client-key are shown
+to a mirror that knows its clients by certificates.
+
+A file that is not breakwater's is never lost. By --existing it makes the command fail before anything
 is written (refuse), it is kept beside the new one until --undo (replace), or it stays and only the others are
 written (keep). What is not a file, such as a symbolic link, is never touched.
 
@@ -60,7 +65,7 @@ Warnings say what in containerd's own configuration would have it ignore these f
   breakwater setup containerd --write
   breakwater setup containerd --undo
   breakwater setup containerd --write --referrers --existing replace
-  breakwater setup containerd --write --mirror https://mirror.internal:5000 --authorization /etc/breakwater/authorization
+  breakwater setup containerd --write --mirror https://mirror.internal:5000 --ca mirror-ca.crt --authorization authorization
   breakwater setup containerd --hold --certs-d /var/lib/rancher/k3s/agent/etc/containerd/certs.d`,
 		Args: noArguments,
 	}
@@ -71,6 +76,9 @@ Warnings say what in containerd's own configuration would have it ignore these f
 	flags.StringVar(&f.existing, "existing", string(clients.ExistingRefuse), "`WHAT` happens to a file that is not breakwater's: refuse, replace or keep")
 	flags.BoolVar(&f.referrers, "referrers", false, "name the mirror for referrers too: containerd 2.2 or later only")
 	flags.StringVar(&f.authorization, "authorization", "", "`FILE` with the value of the header Authorization that the mirror wants")
+	flags.StringVar(&f.ca, "ca", "", "`FILE` with the certificates of the mirror's authority in PEM, for containerd to trust")
+	flags.StringVar(&f.clientCert, "client-cert", "", "`FILE` with the certificate that the mirror is shown, in PEM")
+	flags.StringVar(&f.clientKey, "client-key", "", "`FILE` with its key, in PEM")
 	flags.StringVar(&f.config, "containerd-config", "/etc/containerd/config.toml", "containerd's configuration `FILE`, for warnings")
 	flags.BoolVar(&f.write, "write", false, "do it")
 	flags.BoolVar(&f.undo, "undo", false, "restore what was there before")
@@ -122,6 +130,9 @@ func (f containerdFlags) check() error {
 	if n > 1 {
 		return usageError{errors.New("--write, --undo and --hold exclude each other")}
 	}
+	if (f.clientCert == "") != (f.clientKey == "") {
+		return usageError{errors.New("--client-cert and --client-key belong together")}
+	}
 	switch clients.Existing(f.existing) {
 	case clients.ExistingRefuse, clients.ExistingReplace, clients.ExistingKeep:
 		return nil
@@ -140,14 +151,25 @@ func (f containerdFlags) containerd(cfg *config.Config) (clients.Containerd, err
 	for name, registry := range cfg.Registries {
 		c.Registries[name] = ownServer(name, registry)
 	}
-	if f.authorization != "" {
-		raw, err := os.ReadFile(f.authorization)
+	var certificate, key string
+	for _, from := range []struct {
+		what, file string
+		to         *string
+	}{{"authorization", f.authorization, &c.Authorization}, {"ca", f.ca, &c.CA}, {"client-cert", f.clientCert, &certificate}, {"client-key", f.clientKey, &key}} {
+		if from.file == "" {
+			continue
+		}
+		raw, err := os.ReadFile(from.file)
 		if err != nil {
-			return clients.Containerd{}, fmt.Errorf("authorization: %w", err)
+			return clients.Containerd{}, fmt.Errorf("%s: %w", from.what, err)
 		}
-		if c.Authorization = strings.TrimSpace(string(raw)); c.Authorization == "" {
-			return clients.Containerd{}, fmt.Errorf("authorization: %s is empty", f.authorization)
+		if *from.to = string(raw); strings.TrimSpace(*from.to) == "" {
+			return clients.Containerd{}, fmt.Errorf("%s: %s is empty", from.what, from.file)
 		}
+	}
+	c.Authorization = strings.TrimSpace(c.Authorization)
+	if f.clientCert != "" {
+		c.Client = certificate + "\n" + key // the first may have no end of a line
 	}
 	return c, nil
 }
@@ -193,7 +215,7 @@ func ownServer(name string, registry config.Registry) string {
 var verbs = map[clients.Act][2]string{
 	clients.Write:   {"wrote", "would write"},
 	clients.Update:  {"updated", "would update"},
-	clients.Replace: {"replaced", "would replace, keeping it as hosts.toml.before-breakwater,"},
+	clients.Replace: {"replaced", "would replace, keeping what is there with .before-breakwater behind its name,"},
 	clients.Remove:  {"removed", "would remove"},
 	clients.Restore: {"restored", "would restore what was there before:"},
 	clients.Keep:    {"left alone", "would leave alone"},
