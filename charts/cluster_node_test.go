@@ -6,21 +6,31 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math/big"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/crypto/bcrypt"
 )
 
 const (
@@ -190,9 +200,9 @@ func (c *cluster) certsD(t *testing.T) map[string]entry {
 	}
 }
 
-// get asks on the node's network, and writes the answer to out, if that is not nil.
-func (c *cluster) get(url string, out io.Writer) error {
-	cmd := c.net("env", secondSelf+"="+url, os.Args[0])
+// get asks on the node's network, and writes the answer to out, if that is not nil. Variables are "NAME=value".
+func (c *cluster) get(url string, out io.Writer, variables ...string) error {
+	cmd := c.net(slices.Concat([]string{"env", secondSelf + "=" + url}, variables, []string{os.Args[0]})...)
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = out, &said
 	if err := cmd.Run(); err != nil {
@@ -340,6 +350,61 @@ func (c *cluster) serveBucket(t *testing.T) string {
 	start(t, c.net(cache(t, "bin/versitygw"), "--port", "0.0.0.0:7070", "--access", bucketAccount, "--secret", bucketSecret, "--health", "/health", "--quiet", "posix", dir))
 	within(t, patience, func() error { return c.get("http://127.0.0.1:7070/health", nil) })
 	return dir
+}
+
+// putAccess makes an authority, a certificate of it for the node's addresses, and a password, and puts them into
+// Secrets. It returns the file with the authority's certificate.
+func (c *cluster) putAccess(t *testing.T) string {
+	t.Helper()
+	issue := func(template, parent *x509.Certificate, signer *ecdsa.PrivateKey) ([]byte, *ecdsa.PrivateKey) {
+		t.Helper()
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if signer == nil {
+			signer = key
+		}
+		template.SerialNumber, template.NotBefore, template.NotAfter = big.NewInt(time.Now().UnixNano()), time.Now().Add(-time.Hour), time.Now().Add(24*time.Hour)
+		public, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return public, key
+	}
+	authority := &x509.Certificate{Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	root, signer := issue(authority, authority, nil)
+	leaf, key := issue(&x509.Certificate{IPAddresses: []net.IP{net.ParseIP("127.0.0.1"), net.ParseIP(nodeAddress)}}, authority, signer)
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash, err := bcrypt.GenerateFromPassword([]byte("password"), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	login := base64.StdEncoding.EncodeToString([]byte("ci:password"))
+	dir := t.TempDir()
+	for secret, files := range map[string]map[string]string{
+		"mirror-tls": {
+			"ca.crt":  string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root})),
+			"tls.crt": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf})),
+			"tls.key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})),
+		},
+		"mirror-passwords": {"htpasswd": "ci:" + string(hash) + "\n", "header": "Basic " + login,
+			"config.json": fmt.Sprintf(`{"auths": {"127.0.0.1:5000": {"auth": %q}}}`, login)},
+	} {
+		args := []string{"create", "secret", "generic", secret}
+		for name, content := range files {
+			file := filepath.Join(dir, name)
+			if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			args = append(args, "--from-file="+file)
+		}
+		c.kubectl(t, args...)
+	}
+	return filepath.Join(dir, "ca.crt")
 }
 
 // largestBlob is that of an image of the registry's for one platform.

@@ -55,7 +55,7 @@ func TestCluster(t *testing.T) {
 	for _, section := range []struct {
 		name string
 		test func(*testing.T)
-	}{{"node", c.testNode}, {"host port", c.testHostPort}, {"node port", c.testNodePort}, {"regional", c.testRegional}, {"F70 a new node with the registry gone", c.testNewNode}} {
+	}{{"node", c.testNode}, {"host port", c.testHostPort}, {"node port", c.testNodePort}, {"TLS and passwords", c.testAccess}, {"regional", c.testRegional}, {"F70 a new node with the registry gone", c.testNewNode}} {
 		t.Run(section.name, func(t *testing.T) {
 			t.Cleanup(func() {
 				if t.Failed() {
@@ -133,6 +133,37 @@ func (c *cluster) testForwarded(t *testing.T, expose string, args ...string) {
 	c.runPod(t, "web-forwarded", webImage)
 	c.test(t, helms[0])
 	c.uninstall(t, helms[0])
+}
+
+// testAccess has a mirror that the network reaches, with a certificate of an authority that nobody on the node trusts
+// but containerd, as it is told beside the mirror, and with passwords.
+func (c *cluster) testAccess(t *testing.T) {
+	up, before := c.serveImages(t), c.certsD(t)
+	authority := c.putAccess(t)
+	c.install(t, helms[0], strings.ReplaceAll(onLoopback, "127.0.0.1:5050", nodeAddress+":5050")+`
+data: {type: emptyDir}
+expose: hostPort
+hostPort: {ip: 0.0.0.0}
+secrets: [{name: tls, secret: mirror-tls}, {name: passwords, secret: mirror-passwords}]
+ca: {secret: mirror-tls}
+`, "--set", "config.server_names={"+nodeAddress+",127.0.0.1}", "--set", "config.access.loopback=asked",
+		"--set", "config.access.htpasswd=/etc/breakwater/secrets/passwords/htpasswd",
+		"--set", "config.tls.cert_file=/etc/breakwater/secrets/tls/tls.crt", "--set", "config.tls.key_file=/etc/breakwater/secrets/tls/tls.key",
+		"--set", "containerd.authorization.secret=mirror-passwords", "--set", "containerd.authorization.key=header",
+		"--set", "test.env[0].name=DOCKER_CONFIG", "--set", "test.env[0].value=/etc/breakwater/secrets/passwords")
+	c.runPod(t, "web-access", webImage)
+	c.test(t, helms[0])
+	up.kill()
+	c.wipeImages(t)
+	c.runPod(t, "web-access-again", webImage)
+	for _, at := range []string{"127.0.0.1", nodeAddress} {
+		url := "https://" + at + ":5000/v2/registry.test/team/web/manifests/1"
+		if err := c.get(url, nil, "SSL_CERT_FILE="+authority); err == nil || !strings.Contains(err.Error(), "401") {
+			t.Errorf("anonymously from %s: %v, want 401", at, err)
+		}
+	}
+	c.uninstall(t, helms[0])
+	c.isAsBefore(t, before)
 }
 
 // testRegional has the store in a claim. The cluster makes no volumes by itself: this one is a folder of the node.

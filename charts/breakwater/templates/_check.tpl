@@ -19,6 +19,9 @@ what is in `config`, by the mirror itself. */}}
 {{- fail (printf "config.access: missing, and the mirror listens on %s, beyond loopback; write `config: {access: {anonymous: true}}` for everybody, or htpasswd, token or client_ca_file there" $listen) -}}
 {{- end -}}
 {{- include "breakwater.checkURL" . -}}
+{{- if and .Values.ca.secret (hasPrefix "http:" (include "breakwater.url" .)) -}}
+{{- fail (printf "ca.secret: clients call the mirror %s, without TLS; write config.tls, or take it away" (include "breakwater.url" .)) -}}
+{{- end -}}
 {{- if and $node (eq .Values.expose "nodePort") (semverCompare "<1.34.0-0" .Capabilities.KubeVersion.Version) -}}
 {{- fail (printf "expose: nodePort needs Kubernetes 1.34, where a Service can prefer the client's own node, and this is %s; write hostNetwork or hostPort" .Capabilities.KubeVersion.Version) -}}
 {{- end -}}

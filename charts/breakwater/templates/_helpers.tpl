@@ -149,11 +149,19 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* The configuration and its secrets, for all that read it. */}}
+{{/* The file with the mirror's authority. */}}
+{{- define "breakwater.ca" -}}
+{{- printf "/etc/breakwater/ca/%s" .Values.ca.key | quote -}}
+{{- end -}}
+
+{{/* The configuration, its secrets, and the mirror's authority, for all that read them. */}}
 {{- define "breakwater.configMounts" -}}
 - {name: config, mountPath: /etc/breakwater, readOnly: true}
 {{- range .Values.secrets }}
 - {name: secret-{{ .name }}, mountPath: /etc/breakwater/secrets/{{ .name }}, readOnly: true}
+{{- end }}
+{{- if .Values.ca.secret }}
+- {name: ca, mountPath: /etc/breakwater/ca, readOnly: true}
 {{- end }}
 {{- end -}}
 
@@ -164,5 +172,9 @@ capabilities:
 {{- range .Values.secrets }}
 - name: secret-{{ .name }}
   secret: {secretName: {{ .secret | quote }}, defaultMode: 0440}
+{{- end }}
+{{- with .Values.ca.secret }}
+- name: ca
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440}
 {{- end }}
 {{- end -}}

@@ -77,6 +77,10 @@ spec:
         {{- if .Values.containerd.referrers }}
         - --referrers
         {{- end }}
+        {{- if .Values.ca.secret }}
+        - --ca
+        - {{ include "breakwater.ca" . }}
+        {{- end }}
         {{- if .Values.containerd.authorization.secret }}
         - --authorization
         - {{ printf "/etc/breakwater/authorization/%s" .Values.containerd.authorization.key | quote }}
