@@ -47,7 +47,8 @@ registry itself behind it; with any_registry also DIR/_default/hosts.toml. Kuber
 Docker 28 or later (--certs-d /etc/docker/certs.d) read the same files; none of them needs a restart.
 
 It shows what would change. --write does it, --undo restores byte for byte what was there before, and --hold
-does both: it writes, waits for SIGTERM or SIGINT, and undoes; meanwhile it writes again what vanishes.
+does both: it writes, waits for SIGTERM or SIGINT, and undoes; meanwhile, each 30 s, it writes again what vanishes,
+and takes over what --authorization, --ca, --client-cert and --client-key say by then.
 
 --ca names the authority of the mirror's certificate where the host does not trust it: its certificates are
 written beside each hosts.toml, which names them for the mirror alone. --client-cert and --client-key are shown
@@ -106,7 +107,7 @@ Warnings say what in containerd's own configuration would have it ignore these f
 		case f.hold:
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			return c.Hold(ctx, newLogger(cfg.Log, cmd.ErrOrStderr()))
+			return clients.Hold(ctx, func() (clients.Containerd, error) { return f.containerd(cfg) }, newLogger(cfg.Log, cmd.ErrOrStderr()))
 		case f.write:
 			done, err := c.Write()
 			return errors.Join(err, printChanges(cmd.OutOrStdout(), *output, done, "nothing is written"))

@@ -4,6 +4,7 @@ package main_test
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // prepared is a folder of registries and a configuration of a mirror, for setup.
@@ -172,32 +174,79 @@ func TestSetupContainerdHold(t *testing.T) {
 	p.put(mine, "mine")
 	_, said := p.run(1, "--hold")
 	p.holds("refused", said, "nothing is written")
-	cmd := exec.CommandContext(t.Context(), binary(t), "setup", "containerd", "--hold", "--existing", "replace",
-		"--config", p.config, "--certs-d", p.certs, "--containerd-config", p.containerd)
-	out, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	log := bufio.NewScanner(out)
-	for log.Scan() && !strings.Contains(log.Text(), "pointed at the mirror") {
-	}
+	held := p.hold("--existing", "replace")
 	if !strings.Contains(p.read("quay.io"), "127.0.0.1:5000") {
 		t.Error("held, and not written")
 	}
-	_ = cmd.Process.Signal(syscall.SIGTERM)
-	for log.Scan() {
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Error(err)
-	}
+	held.end(t)
 	if text, err := os.ReadFile(mine); err != nil || string(text) != "mine" {
 		t.Errorf("restored: %q, %v", text, err)
 	}
 	if left, err := os.ReadDir(p.certs); err != nil || len(left) != 1 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestSetupContainerdHoldRenews rotates a Secret, as the kubelet does.
+func TestSetupContainerdHoldRenews(t *testing.T) {
+	t.Parallel() // it waits until the files are looked at again
+	p := newPrepared(t, setupRegistries)
+	secret := filepath.Join(t.TempDir(), "authorization")
+	p.put(secret, "Basic b2xk\n")
+	held := p.hold("--authorization", secret)
+	p.holds("held", p.read("quay.io"), "Basic b2xk")
+	p.put(secret+".new", "Basic bmV3\n")
+	if err := os.Rename(secret+".new", secret); err != nil {
+		t.Fatal(err)
+	}
+	p.holds("the log", held.until(`"act":"update"`), "the authorization has changed")
+	p.holds("renewed", p.read("quay.io"), "Basic bmV3")
+	held.end(t)
+}
+
+// heldBy is a setup containerd --hold that runs.
+type heldBy struct {
+	cmd *exec.Cmd
+	log *bufio.Scanner
+}
+
+// hold starts one, and returns once it has written.
+func (p *prepared) hold(args ...string) *heldBy {
+	p.Helper()
+	args = append([]string{"setup", "containerd", "--hold", "--config", p.config, "--certs-d", p.certs, "--containerd-config", p.containerd}, args...)
+	ctx, cancel := context.WithTimeout(p.Context(), 2*time.Minute) // or who waits for its log waits for ever
+	p.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, binary(p.T), args...)
+	out, err := cmd.StderrPipe()
+	if err != nil {
+		p.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		p.Fatal(err)
+	}
+	h := &heldBy{cmd, bufio.NewScanner(out)}
+	h.until("pointed at the mirror")
+	return h
+}
+
+// until returns the log up to a line with that in it, or all of it.
+func (h *heldBy) until(line string) string {
+	var log strings.Builder
+	for h.log.Scan() {
+		log.WriteString(h.log.Text() + "\n")
+		if strings.Contains(h.log.Text(), line) {
+			break
+		}
+	}
+	return log.String()
+}
+
+func (h *heldBy) end(t *testing.T) {
+	t.Helper()
+	_ = h.cmd.Process.Signal(syscall.SIGTERM)
+	log := h.until("nothing that is said")
+	if err := h.cmd.Wait(); err != nil {
+		t.Errorf("%v:\n%s", err, log)
 	}
 }
 

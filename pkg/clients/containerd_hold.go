@@ -15,10 +15,16 @@ import (
 // whose they are, the folder of all registries (k3s, pkg/agent/containerd, writeContainerdHosts).
 const lookAgain = 30 * time.Second
 
-// Hold writes, and undoes that when ctx ends. Meanwhile it writes again what vanishes; what others put
-// there is theirs. It returns early only if it cannot write at first, or if Dir is a mount of a folder that was
-// deleted: containerd reads another one by now, which a container gets when it is started again.
-func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
+// Hold writes what wanted says, and undoes that when ctx ends. Meanwhile it asks wanted anew at each look: secrets are
+// rotated and certificates renewed. What wanted cannot say, or says wrongly, changes nothing. Dir and Mirror are the
+// same each time. It writes again what vanishes; what others put there is theirs. It returns early only if it
+// cannot write at first, or if Dir is a mount of a folder that was deleted: containerd reads another one by now,
+// which a container gets when it is started again.
+func Hold(ctx context.Context, wanted func() (Containerd, error), logger *slog.Logger) error {
+	c, err := wanted()
+	if err != nil {
+		return err
+	}
 	done, err := c.Write()
 	report(logger, done)
 	if err != nil {
@@ -26,11 +32,11 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 		return errors.Join(err, undone)
 	}
 	logger.Info("containerd is pointed at the mirror", "mirror", c.Mirror, "files", len(done))
-	h := holding{logger: logger, left: map[string]bool{}}
+	h := holding{c: c, wanted: wanted, logger: logger, left: map[string]bool{}}
 	for _, change := range done {
 		h.left[change.Path] = change.Act == Keep
 	}
-	c.Existing = ExistingKeep
+	h.c.Existing = ExistingKeep
 	ticker := time.NewTicker(lookAgain)
 	defer ticker.Stop()
 	for {
@@ -39,7 +45,8 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 			if isDeleted(c.Dir) {
 				return fmt.Errorf("%s was deleted, and is only here still because it is mounted: start this again", c.Dir)
 			}
-			h.again(c)
+			h.renew()
+			h.again()
 		case <-ctx.Done():
 			done, err := Undo(c.Dir)
 			report(logger, done)
@@ -51,18 +58,54 @@ func (c Containerd) Hold(ctx context.Context, logger *slog.Logger) error {
 	}
 }
 
-// holding is what has been said already.
+// holding is what is held, and what has been said already.
 type holding struct {
-	logger *slog.Logger
-	left   map[string]bool // paths
-	failed string
+	c       Containerd
+	wanted  func() (Containerd, error)
+	logger  *slog.Logger
+	renewed bool            // what the files are made of, and not yet all files
+	left    map[string]bool // paths
+	unread  string
+	failed  string
 }
 
-func (h *holding) again(c Containerd) {
-	done, err := c.Write()
+// renew takes over what is wanted by now. A Secret's mount may be looked at just while it is swapped, and half of a
+// pair is worse than an old one.
+func (h *holding) renew() {
+	next, err := h.wanted()
+	if err == nil {
+		err = next.check()
+	}
+	if err != nil {
+		if err.Error() != h.unread {
+			h.logger.Warn("what containerd is told cannot be read anew; what was read before holds; tried again each 30 s", "err", err)
+		}
+		h.unread = err.Error()
+		return
+	}
+	h.unread = ""
+	for _, part := range []struct{ was, is, changed string }{
+		{h.c.Authorization, next.Authorization, "the authorization has changed"},
+		{h.c.CA, next.CA, "the authority's certificates have changed"},
+		{h.c.Client, next.Client, "the client's certificate has changed"},
+	} {
+		if part.is != part.was {
+			h.logger.Info(part.changed)
+			h.renewed = true
+		}
+	}
+	next.Existing = ExistingKeep
+	h.c = next
+}
+
+func (h *holding) again() {
+	done, err := h.c.Write()
 	for _, change := range done {
 		left := change.Act == Keep
-		if change.Act != Unchanged && (!left || !h.left[change.Path]) {
+		switch {
+		case h.renewed && change.Act == Update:
+			report(h.logger, []Change{change})
+		case change.Act != Unchanged && (!left || !h.left[change.Path]):
 			h.logger.Warn("a file of containerd's has changed", "path", change.Path, "act", change.Act, "note", change.Note)
 		}
 		h.left[change.Path] = left
@@ -70,6 +113,8 @@ func (h *holding) again(c Containerd) {
 	failed := ""
 	if err != nil {
 		failed = err.Error()
+	} else {
+		h.renewed = false
 	}
 	if failed != h.failed && err != nil {
 		h.logger.Error("containerd's files cannot be looked after; tried again each 30 s", "err", err)

@@ -269,7 +269,7 @@ func TestHoldCertificates(t *testing.T) {
 		var log said
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
-		go func() { ended <- c.Hold(ctx, slog.New(slog.NewTextHandler(&log, nil))) }()
+		go func() { ended <- Hold(ctx, always(c), slog.New(slog.NewTextHandler(&log, nil))) }()
 		synctest.Wait()
 		if err := os.Remove(filepath.Join(d.dir, "quay.io", caFile)); err != nil {
 			t.Fatal(err)
