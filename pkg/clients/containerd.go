@@ -9,8 +9,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // defaultFolder is where containerd looks for a registry that has no folder.
@@ -34,6 +32,7 @@ type Containerd struct {
 	// may read the file with it.
 	Client   string
 	Existing Existing
+	held     bool // until who writes it ends
 }
 
 // Others says whether registries that are not named are asked of the mirror too.
@@ -64,8 +63,12 @@ func (c Containerd) Plan() ([]Change, error) {
 }
 
 // Write names the mirror for each registry, and undoes that for those for which it was named before. If
-// a file must not be replaced, nothing is written, and the error names all such files.
-func (c Containerd) Write() ([]Change, error) {
+// a file must not be replaced, nothing is written, and the error names all such files. What a process that runs
+// holds, of registries that are not named here, is left to it.
+func (c Containerd) Write() ([]Change, error) { return c.write(func(*os.Root) error { return nil }) }
+
+// write calls may before anything is written.
+func (c Containerd) write(may func(*os.Root) error) ([]Change, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
@@ -73,6 +76,9 @@ func (c Containerd) Write() ([]Change, error) {
 		return nil, err
 	}
 	return locked(c.Dir, func(root *os.Root) ([]Change, error) {
+		if err := may(root); err != nil {
+			return nil, err
+		}
 		todo, err := c.todo(root)
 		if err != nil {
 			return nil, err
@@ -90,12 +96,22 @@ func (c Containerd) Write() ([]Change, error) {
 	})
 }
 
-// Undo restores what was there before Write, in dir. What somebody has changed since is left alone.
+// Undo restores what was there before Write, in dir. What somebody has changed since is left alone, and what a
+// process that runs holds.
 func Undo(dir string) ([]Change, error) {
+	return undo(dir, func(root *os.Root) (func(place) bool, error) { return Containerd{}.own(root) })
+}
+
+// undo restores what was there before those of our files that whose tells.
+func undo(dir string, whose func(*os.Root) (func(place) bool, error)) ([]Change, error) {
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return locked(dir, func(root *os.Root) ([]Change, error) {
+		own, err := whose(root)
+		if err != nil {
+			return nil, err
+		}
 		names, err := folders(root)
 		if err != nil {
 			return nil, err
@@ -106,28 +122,20 @@ func Undo(dir string) ([]Change, error) {
 			if err != nil {
 				return nil, err
 			}
-			todo = append(todo, task{f, f.undo(dir, func(place) bool { return true })})
+			todo = append(todo, task{f, append(f.undo(dir, own), f.leave(dir, own)...)})
 		}
 		return carryOut(root, todo)
 	})
 }
 
-// locked runs f while no other process does so in dir.
-func locked(dir string, f func(*os.Root) ([]Change, error)) ([]Change, error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, err
+// own tells which of our files are not left to somebody else: those that are to stay, to who writes such, and those
+// that are held, to their holder, if it runs.
+func (c Containerd) own(root *os.Root) (func(place) bool, error) {
+	if c.held || root == nil {
+		return func(p place) bool { return heldFor(p.text) != "" }, nil
 	}
-	defer root.Close()
-	here, err := root.Open(".")
-	if err != nil {
-		return nil, err
-	}
-	defer here.Close() // which frees the lock
-	if err := unix.Flock(int(here.Fd()), unix.LOCK_EX); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
-	}
-	return f(root)
+	held, err := isHeld(root)
+	return func(p place) bool { return !held || heldFor(p.text) == "" }, err
 }
 
 // task is what is to be done in one folder, in this order.
@@ -174,6 +182,10 @@ func (c Containerd) todo(root *os.Root) ([]task, error) {
 		}
 		names = append(names, there...)
 	}
+	own, err := c.own(root)
+	if err != nil {
+		return nil, err
+	}
 	slices.Sort(names)
 	var todo []task
 	for _, name := range slices.Compact(names) {
@@ -185,7 +197,7 @@ func (c Containerd) todo(root *os.Root) ([]task, error) {
 		if server, ok := wanted[name]; ok {
 			want = c.files(server)
 		}
-		todo = append(todo, task{f, f.plan(c.Dir, want, c.Existing)})
+		todo = append(todo, task{f, f.plan(c.Dir, want, c.Existing, own)})
 	}
 	return todo, nil
 }
@@ -226,7 +238,26 @@ func portFolder(registry string) string {
 // mark begins each file of ours, and nobody else's. Text before what is in PEM means nothing there.
 const mark = "# Managed by breakwater"
 
-const heading = mark + ": `breakwater setup containerd --undo` restores what was here before.\n"
+// heldMark begins each that is held; behind it on its line is the mirror.
+const heldMark = mark + ", held for "
+
+// heading says whose a file is, and how it goes.
+func (c Containerd) heading() string {
+	if c.held {
+		return heldMark + c.Mirror + "\n# `breakwater setup containerd --hold` restores what was here before, when it ends.\n"
+	}
+	return mark + ": `breakwater setup containerd --undo` restores what was here before.\n"
+}
+
+// heldFor is the mirror for which a file with that text is held, "" if it is to stay, or is not ours.
+func heldFor(text string) string {
+	rest, _ := strings.CutPrefix(text, heldMark)
+	mirror, _, _ := strings.Cut(rest, "\n")
+	if rest == text {
+		return ""
+	}
+	return mirror
+}
 
 // file is what one file of a folder's should be.
 type file struct {
@@ -239,10 +270,10 @@ type file struct {
 // that names what is not there.
 func (c Containerd) files(server string) (files []file) {
 	if c.CA != "" {
-		files = append(files, file{name: caFile, text: heading + c.CA, mode: 0o644})
+		files = append(files, file{name: caFile, text: c.heading() + c.CA, mode: 0o644})
 	}
 	if c.Client != "" {
-		files = append(files, file{name: clientFile, text: heading + c.Client, mode: 0o600})
+		files = append(files, file{name: clientFile, text: c.heading() + c.Client, mode: 0o600})
 	}
 	hidden := c
 	hosts := file{name: hostsFile, text: c.hosts(server), mode: 0o644}
@@ -258,7 +289,7 @@ func (c Containerd) files(server string) (files []file) {
 // a file is one in the same folder.
 func (c Containerd) hosts(server string) string {
 	var text strings.Builder
-	text.WriteString(heading)
+	text.WriteString(c.heading())
 	if server != "" {
 		fmt.Fprintf(&text, "server = %q\n", server)
 	}
@@ -266,7 +297,7 @@ func (c Containerd) hosts(server string) string {
 	if c.Referrers {
 		words += `, "referrers"`
 	}
-	fmt.Fprintf(&text, "\n[host.%q]\n  capabilities = [%s]\n", c.Mirror, words)
+	fmt.Fprintf(&text, "%s  capabilities = [%s]\n", hostTable(c.Mirror), words)
 	if c.CA != "" {
 		fmt.Fprintf(&text, "  ca = %q\n", caFile)
 	}
@@ -278,6 +309,8 @@ func (c Containerd) hosts(server string) string {
 	}
 	return text.String()
 }
+
+func hostTable(mirror string) string { return fmt.Sprintf("\n[host.%q]\n", mirror) }
 
 // check finds mistakes in what the files are made of. It never repeats the secret.
 func (c Containerd) check() error {

@@ -74,7 +74,8 @@ type step struct {
 
 // plan is what is done so that the folder has the wanted files, in their order, and behind that no others of ours.
 // A file that has to be kept keeps the folder as it is: a part of ours is of no use, and names what is not ours.
-func (f folder) plan(dir string, want []file, existing Existing) (steps []step) {
+// own tells which others are the writer's.
+func (f folder) plan(dir string, want []file, existing Existing, own func(place) bool) (steps []step) {
 	for _, w := range want {
 		p := f.places[slices.Index(fileNames, w.name)]
 		s := step{Change{Path: filepath.Join(dir, f.name, w.name)}, p, w}
@@ -97,7 +98,7 @@ func (f folder) plan(dir string, want []file, existing Existing) (steps []step) 
 		return slices.DeleteFunc(steps, func(s step) bool { return !isKept(s) })
 	}
 	return append(steps, f.undo(dir, func(p place) bool {
-		return p.ours && !slices.ContainsFunc(want, func(w file) bool { return w.name == p.name })
+		return p.ours && own(p) && !slices.ContainsFunc(want, func(w file) bool { return w.name == p.name })
 	})...)
 }
 
@@ -108,6 +109,21 @@ func (f folder) undo(dir string, of func(place) bool) (steps []step) {
 			change.Path = filepath.Join(dir, f.name, p.name)
 			steps = append(steps, step{change, p, file{}})
 		}
+	}
+	return steps
+}
+
+// leave tells of our files that are not the caller's.
+func (f folder) leave(dir string, own func(place) bool) (steps []step) {
+	for _, p := range f.places {
+		if !p.ours || own(p) {
+			continue
+		}
+		note := toStay
+		if mirror := heldFor(p.text); mirror != "" {
+			note = "is held for the mirror " + mirror + " by a `breakwater setup containerd --hold`, which takes it away when it ends"
+		}
+		steps = append(steps, step{Change{Path: filepath.Join(dir, f.name, p.name), Act: Keep, Note: note}, p, file{}})
 	}
 	return steps
 }

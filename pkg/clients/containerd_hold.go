@@ -15,24 +15,38 @@ import (
 // whose they are, the folder of all registries (k3s, pkg/agent/containerd, writeContainerdHosts).
 const lookAgain = 30 * time.Second
 
+// The next holder of a folder waits so long for the one before it: a pod may be there already while the one that it
+// replaces ends. Whoever starts it starts it again.
+const (
+	patience = 10 * time.Second
+	askAgain = 200 * time.Millisecond
+)
+
 // Hold writes what wanted says, and undoes that when ctx ends. Meanwhile it asks wanted anew at each look: secrets are
 // rotated and certificates renewed. What wanted cannot say, or says wrongly, changes nothing. Dir and Mirror are the
-// same each time. It writes again what vanishes; what others put there is theirs. It returns early only if it
-// cannot write at first, or if Dir is a mount of a folder that was deleted: containerd reads another one by now,
-// which a container gets when it is started again.
+// same each time. It writes again what vanishes; what others put there is theirs, and what Write has written stays.
+// It returns early only if it cannot write at first, as when another one holds Dir and goes on, or if Dir is a mount of
+// a folder that was deleted: containerd reads another one by now, which a container gets when it is started again.
 func Hold(ctx context.Context, wanted func() (Containerd, error), logger *slog.Logger) error {
 	c, err := wanted()
 	if err != nil {
 		return err
 	}
-	done, err := c.Write()
+	c.held = true
+	h := holding{c: c, wanted: wanted, logger: logger, left: map[string]bool{}}
+	defer func() { _ = h.lock.Close() }()
+	done, err := h.begin(ctx)
 	report(logger, done)
-	if err != nil {
-		_, undone := Undo(c.Dir)
+	switch {
+	case errors.Is(err, errHeld) && ctx.Err() != nil:
+		return nil
+	case errors.Is(err, errHeld):
+		return err
+	case err != nil:
+		_, undone := h.undo()
 		return errors.Join(err, undone)
 	}
 	logger.Info("containerd is pointed at the mirror", "mirror", c.Mirror, "files", len(done))
-	h := holding{c: c, wanted: wanted, logger: logger, left: map[string]bool{}}
 	for _, change := range done {
 		h.left[change.Path] = change.Act == Keep
 	}
@@ -48,7 +62,7 @@ func Hold(ctx context.Context, wanted func() (Containerd, error), logger *slog.L
 			h.renew()
 			h.again()
 		case <-ctx.Done():
-			done, err := Undo(c.Dir)
+			done, err := h.undo()
 			report(logger, done)
 			if err == nil {
 				logger.Info("containerd is as it was before")
@@ -63,10 +77,46 @@ type holding struct {
 	c       Containerd
 	wanted  func() (Containerd, error)
 	logger  *slog.Logger
+	lock    *os.File        // the folder, nil before it is held
 	renewed bool            // what the files are made of, and not yet all files
 	left    map[string]bool // paths
 	unread  string
 	failed  string
+}
+
+// hold has the folder held, which may be another one than before.
+func (h *holding) hold(root *os.Root) (err error) {
+	h.lock, err = hold(root, h.lock)
+	return err
+}
+
+// begin writes for the first time, once nobody else holds the folder.
+func (h *holding) begin(ctx context.Context) ([]Change, error) {
+	patient, end := context.WithTimeout(ctx, patience)
+	defer end()
+	ticker := time.NewTicker(askAgain)
+	defer ticker.Stop()
+	for said := false; ; said = true {
+		done, err := h.c.write(h.hold)
+		if !errors.Is(err, errHeld) {
+			return done, err
+		}
+		if !said {
+			h.logger.Info("waiting until nobody else holds containerd's files", "err", err)
+		}
+		select {
+		case <-ticker.C:
+		case <-patient.Done():
+			return nil, err
+		}
+	}
+}
+
+// undo restores what was there before this began. A file that is not ours may be one that is only half replaced.
+func (h *holding) undo() ([]Change, error) {
+	return undo(h.c.Dir, func(root *os.Root) (func(place) bool, error) {
+		return func(p place) bool { return !p.ours || p.interrupted() || heldFor(p.text) == h.c.Mirror }, h.hold(root)
+	})
 }
 
 // renew takes over what is wanted by now. A Secret's mount may be looked at just while it is swapped, and half of a
@@ -94,12 +144,12 @@ func (h *holding) renew() {
 			h.renewed = true
 		}
 	}
-	next.Existing = ExistingKeep
+	next.Existing, next.held = ExistingKeep, true
 	h.c = next
 }
 
 func (h *holding) again() {
-	done, err := h.c.Write()
+	done, err := h.c.write(h.hold)
 	for _, change := range done {
 		left := change.Act == Keep
 		switch {

@@ -71,6 +71,8 @@ func (p place) read() (string, error) {
 	return string(text), err
 }
 
+const toStay = "is there to stay (`breakwater setup containerd --write`)"
+
 // interrupted reports whether what was kept is still what is in force: a replacement was not finished.
 func (p place) interrupted() bool {
 	return p.there != nil && p.kept != nil && os.SameFile(p.there, p.kept)
@@ -78,21 +80,28 @@ func (p place) interrupted() bool {
 
 // plan is what is done so that the file is as it should be.
 func (p place) plan(want file, existing Existing) (act Act, note string) {
+	mirror, why := heldFor(want.text), "is not breakwater's"
+	stays := p.ours && mirror != "" && heldFor(p.text) == ""
+	if stays {
+		why = "is there to stay, for another mirror (`breakwater setup containerd --write`)"
+	}
 	switch {
 	case p.there == nil:
 		return Write, ""
 	case p.ours && p.text == want.text && p.there.Mode().Perm() == want.mode:
 		return Unchanged, ""
-	case p.ours:
+	case stays && strings.Contains(p.text, hostTable(mirror)):
+		return Keep, toStay
+	case p.ours && !stays:
 		return Update, ""
 	case !p.there.Mode().IsRegular():
 		return foreign(fmt.Sprintf("is not a file (%s)", p.there.Mode().Type()), existing)
 	case p.kept != nil && !p.interrupted():
-		return foreign("is not breakwater's, and "+p.keptName()+" beside it is from an earlier replacement; move away one of the two", existing)
+		return foreign(why+", and "+p.keptName()+" beside it is from an earlier replacement; move away one of the two", existing)
 	case existing == ExistingReplace:
 		return Replace, ""
 	}
-	return foreign("is not breakwater's; "+
+	return foreign(why+"; "+
 		"--existing replace puts it aside until --undo, --existing keep leaves it and writes the others", existing)
 }
 
@@ -138,7 +147,7 @@ func (p place) carryOut(act Act, want file) error {
 			return p.root.Rename(written, there)
 		})
 	case Restore:
-		if !p.ours { // rename does nothing with two names of one file
+		if p.interrupted() { // rename does nothing with two names of one file
 			return p.root.Remove(p.keptPath())
 		}
 		if err := p.root.Rename(p.keptPath(), p.path()); err != nil {

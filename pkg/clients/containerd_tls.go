@@ -13,12 +13,12 @@ import (
 // the mirror by.
 func (c Containerd) checkTLS(scheme string) error {
 	if c.CA != "" {
-		if err := checkCA(c.CA); err != nil {
+		if err := checkCA(c.CA, maxFile-len(c.heading())); err != nil {
 			return fmt.Errorf("ca: %w", err)
 		}
 	}
 	if c.Client != "" {
-		if err := checkClient(c.Client); err != nil {
+		if err := checkClient(c.Client, maxFile-len(c.heading())); err != nil {
 			return fmt.Errorf("client certificate: %w", err)
 		}
 	}
@@ -29,11 +29,11 @@ func (c Containerd) checkTLS(scheme string) error {
 }
 
 // checkCA wants certificates that containerd reads, and nothing that everybody on the host must not read.
-func checkCA(text string) error {
+func checkCA(text string, size int) error {
 	if strings.Contains(text, "PRIVATE KEY-----") {
 		return errors.New("there is a private key in it, which everybody on the host could read: give the authority's certificates alone")
 	}
-	if len(text) > maxFile-len(heading) {
+	if len(text) > size {
 		return fmt.Errorf("%d bytes are too many: give the certificates of the mirror's authority alone", len(text))
 	}
 	found := 0
@@ -57,8 +57,8 @@ func checkCA(text string) error {
 }
 
 // checkClient reads it as containerd does, which looks for the key where the certificate is.
-func checkClient(text string) error {
-	if len(text) > maxFile-len(heading) {
+func checkClient(text string, size int) error {
+	if len(text) > size {
 		return fmt.Errorf("%d bytes are too many", len(text))
 	}
 	_, err := tls.X509KeyPair([]byte(text), []byte(text))
