@@ -34,7 +34,7 @@ func setupCommand(usual string) *cobra.Command {
 type containerdFlags struct {
 	mirror, dir, existing, authorization, config string
 	ca, clientCert, clientKey                    string
-	referrers, write, undo, hold                 bool
+	referrers, write, undo, hold, checks         bool
 }
 
 func setupContainerdCommand(usual string) *cobra.Command {
@@ -48,7 +48,11 @@ Docker 28 or later (--certs-d /etc/docker/certs.d) read the same files; none of 
 
 It shows what would change. --write does it, --undo restores byte for byte what was there before, and --hold
 does both: it writes, waits for SIGTERM or SIGINT, and undoes; meanwhile, each 30 s, it writes again what vanishes,
-and takes over what --authorization, --ca, --client-cert and --client-key say by then.
+and takes over what --authorization, --ca, --client-cert and --client-key say by then. What --write has written it
+leaves. One process holds a folder; a second one waits 10 s for it, and then fails.
+
+--check changes nothing, and ends with 0 if all files are as they should be for these flags, else with 1 and a list
+of them. Beside a --hold that runs it asks the same of the held ones: for a probe.
 
 --ca names the authority of the mirror's certificate where the host does not trust it: its certificates are
 written beside each hosts.toml, which names them for the mirror alone. --client-cert and --client-key are shown
@@ -67,6 +71,7 @@ Warnings say what in containerd's own configuration would have it ignore these f
   breakwater setup containerd --undo
   breakwater setup containerd --write --referrers --existing replace
   breakwater setup containerd --write --mirror https://mirror.internal:5000 --ca mirror-ca.crt --authorization authorization
+  breakwater setup containerd --check || echo "containerd is not pointed at the mirror"
   breakwater setup containerd --hold --certs-d /var/lib/rancher/k3s/agent/etc/containerd/certs.d`,
 		Args: noArguments,
 	}
@@ -84,6 +89,7 @@ Warnings say what in containerd's own configuration would have it ignore these f
 	flags.BoolVar(&f.write, "write", false, "do it")
 	flags.BoolVar(&f.undo, "undo", false, "restore what was there before")
 	flags.BoolVar(&f.hold, "hold", false, "do it, wait for SIGTERM or SIGINT, and undo it")
+	flags.BoolVar(&f.checks, "check", false, "only say whether all is as it should be: exit code 0 or 1")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := f.check(); err != nil {
 			return err
@@ -108,6 +114,12 @@ Warnings say what in containerd's own configuration would have it ignore these f
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			return clients.Hold(ctx, func() (clients.Containerd, error) { return f.containerd(cfg) }, newLogger(cfg.Log, cmd.ErrOrStderr()))
+		case f.checks:
+			todo, err := c.Check()
+			if err != nil {
+				return err
+			}
+			return printCheck(cmd.OutOrStdout(), *output, todo)
 		case f.write:
 			done, err := c.Write()
 			return errors.Join(err, printChanges(cmd.OutOrStdout(), *output, done, "nothing is written"))
@@ -123,13 +135,13 @@ Warnings say what in containerd's own configuration would have it ignore these f
 
 func (f containerdFlags) check() error {
 	n := 0
-	for _, set := range []bool{f.write, f.undo, f.hold} {
+	for _, set := range []bool{f.write, f.undo, f.hold, f.checks} {
 		if set {
 			n++
 		}
 	}
 	if n > 1 {
-		return usageError{errors.New("--write, --undo and --hold exclude each other")}
+		return usageError{errors.New("--write, --undo, --hold and --check exclude each other")}
 	}
 	if (f.clientCert == "") != (f.clientKey == "") {
 		return usageError{errors.New("--client-cert and --client-key belong together")}
@@ -263,6 +275,30 @@ func printPlan(out io.Writer, output format, todo []clients.Change) error {
 	}
 	fmt.Fprintln(out, hint)
 	return nil
+}
+
+// printCheck says what is not as it should be, which is an error.
+func printCheck(out io.Writer, output format, todo []clients.Change) error {
+	unsettled := 0
+	for _, change := range todo {
+		if !change.Settled() {
+			unsettled++
+		}
+		if output != outputJSON && change.Act != clients.Unchanged {
+			sayChange(out, verbs[change.Act][1], change)
+		}
+	}
+	var err error
+	if unsettled > 0 {
+		err = fmt.Errorf("%d of %d files of containerd's are not as they should be", unsettled, len(todo))
+	}
+	if output == outputJSON {
+		return errors.Join(err, printJSON(out, append([]clients.Change{}, todo...)))
+	}
+	if err == nil {
+		fmt.Fprintln(out, "all is as it should be")
+	}
+	return err
 }
 
 func sayChange(out io.Writer, verb string, change clients.Change) {

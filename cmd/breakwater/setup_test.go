@@ -97,6 +97,8 @@ func TestSetupContainerd(t *testing.T) {
 			t.Errorf("%s:\n%s, want\n%s", registry, got, want)
 		}
 	}
+	out, _ = p.run(0, "--check")
+	p.holds("checked", out, "all is as it should be\n")
 	out, _ = p.run(0, "--write")
 	p.holds("written again", out, "all is as it should be already")
 	p.put(p.config, "broken: [")
@@ -124,9 +126,11 @@ func TestSetupContainerdFlags(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &changes); err != nil || len(changes) != 3 || changes[1].Path != mine || changes[1].Act != "replace" {
 		t.Errorf("as JSON: %v\n%s", err, out)
 	}
-	if strings.Contains(out, "c2VjcmV0") {
-		t.Errorf("it tells the secret:\n%s", out)
+	checked, said := p.run(1, "--check", "--existing", "replace", "--authorization", secret, "--referrers", "--output", "json")
+	if checked != out || strings.Contains(out, "c2VjcmV0") {
+		t.Errorf("it tells the secret, or checks what it does not show:\n%s\n%s", out, checked)
 	}
+	p.holds("checked", said, "3 of 3 files")
 	out, _ = p.run(0, "--write", "--existing", "replace", "--authorization", secret, "--referrers", "--mirror", "https://mirror.test:5000/")
 	if strings.Contains(out, "c2VjcmV0") {
 		t.Errorf("it tells the secret:\n%s", out)
@@ -146,6 +150,7 @@ func TestSetupContainerdFlags(t *testing.T) {
 	p.holds("warned", said, "breakwater: warning: "+p.containerd+" has no config_path")
 
 	_, said = p.run(2, "--write", "--undo")
+	p.run(2, "--check", "--hold")
 	p.holds("two of them", said, "exclude each other")
 	_, said = p.run(2, "--existing", "burn")
 	p.holds("another word", said, "write refuse, replace or keep")
@@ -174,7 +179,14 @@ func TestSetupContainerdHold(t *testing.T) {
 	p.put(mine, "mine")
 	_, said := p.run(1, "--hold")
 	p.holds("refused", said, "nothing is written")
+	p.run(1, "--check", "--existing", "replace")
 	held := p.hold("--existing", "replace")
+	out, _ := p.run(0, "--check", "--existing", "replace")
+	p.holds("checked", out, "all is as it should be\n")
+	_, said = p.run(1, "--check", "--mirror", "http://127.0.0.1:9")
+	p.holds("checked for another mirror", said, "3 of 3 files of containerd's are not as they should be")
+	_, said = p.run(1, "--hold", "--mirror", "http://127.0.0.1:9")
+	p.holds("held by another", said, "holds it, for the mirror http://127.0.0.1:5000")
 	if !strings.Contains(p.read("quay.io"), "127.0.0.1:5000") {
 		t.Error("held, and not written")
 	}

@@ -27,6 +27,9 @@ type Change struct {
 	Content string `json:"content,omitempty"` // of a hosts.toml that is written, without secrets
 }
 
+// Settled reports whether nothing is left to do: the file is as it should be, or somebody's who keeps it.
+func (c Change) Settled() bool { return c.Act == Unchanged || c.Act == Keep }
+
 // Existing says what happens where a file is that is not ours.
 type Existing string
 

@@ -45,18 +45,28 @@ type Referrers bool
 // Plan is what Write would do. It refuses what cannot be written at all; where Write would refuse a file
 // that is there, the change of that file says so.
 func (c Containerd) Plan() ([]Change, error) {
+	return c.plan(func(*os.Root) (bool, error) { return false, nil })
+}
+
+// Check is what is left to do so that the files are as they should be, by Write or, where the folder is held, by its
+// holder. It only reads.
+func (c Containerd) Check() ([]Change, error) { return c.plan(isHeld) }
+
+func (c Containerd) plan(held func(*os.Root) (bool, error)) ([]Change, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
 	root, err := os.OpenRoot(c.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		root, err = nil, nil // then all is to be written
+		todo, err := c.todo(nil) // all is to be written
+		return changes(todo), err
 	}
 	if err != nil {
 		return nil, err
 	}
-	if root != nil {
-		defer root.Close()
+	defer root.Close()
+	if c.held, err = held(root); err != nil {
+		return nil, err
 	}
 	todo, err := c.todo(root)
 	return changes(todo), err

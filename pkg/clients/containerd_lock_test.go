@@ -252,3 +252,64 @@ func TestHoldAfterHalfAReplacement(t *testing.T) {
 		d.same("after the next", d.tree(), before)
 	})
 }
+
+// TestCheck asks by the eyes of who is there to mend it, and changes nothing.
+func TestCheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newCertsD(t)
+		c := d.certified()
+		is := func(what string, c Containerd, want ...string) {
+			t.Helper()
+			got := []string{}
+			before, _ := os.ReadDir(d.dir)
+			todo, err := c.Check()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, change := range todo {
+				if !change.Settled() {
+					got = append(got, d.words([]Change{change})...)
+				}
+			}
+			d.same(what, got, append([]string{}, want...))
+			if after, _ := os.ReadDir(d.dir); len(after) != len(before) {
+				t.Errorf("%s: a check has changed something: %v, %v", what, before, after)
+			}
+		}
+		ca, client := "quay.io/"+caFile, "quay.io/"+clientFile
+		is("nothing", c, ca+" write", client+" write", "quay.io write")
+		h := d.hold(c)
+		is("held", c)
+		renewed, another := c, d.other()
+		renewed.Authorization = "Basic bmV3"
+		is("held, and renewed since", renewed, "quay.io update")
+		is("held for another mirror", another, "docker.io write", "quay.io update", client+" remove", ca+" remove")
+		if err := os.Remove(filepath.Join(d.dir, client)); err != nil {
+			t.Fatal(err)
+		}
+		is("held, and one is gone", c, client+" write")
+		time.Sleep(lookAgain)
+		synctest.Wait()
+		is("held again", c)
+		d.put("quay.io/hosts.toml", "mine", 0o644)
+		is("replaced by somebody", c, "quay.io refuse")
+		kept := c
+		kept.Existing = ExistingKeep
+		is("which is kept", kept)
+		h.end()
+		if err := os.RemoveAll(d.dir); err != nil {
+			t.Fatal(err)
+		}
+		d.must(renewed.Write())
+		is("written", renewed)
+		is("written, and otherwise", c, "quay.io update")
+		h = d.hold(c)
+		is("written, and left by the holder", c)
+		h.end()
+		leftover := c
+		leftover.held = true
+		d.must(Undo(d.dir))
+		d.must(leftover.Write())
+		is("left by a holder that was killed", c, ca+" update", client+" update", "quay.io update")
+	})
+}
