@@ -124,11 +124,12 @@ func (b *Bucket) PutTag(ctx context.Context, ref oci.Reference, t Tag) (Tag, err
 			there = b.tagOf(state.tag)
 			return true, nil
 		}
+		version := e.version() // who asks behind the write may learn of it, or of a later one, before it has returned
 		etag, err := b.write(ctx, name, &next, condition{state.etag})
 		if err != nil {
 			return false, err
 		}
-		e.learn(tagState{signed: signed{found: true, etag: etag, modified: b.clock.now()}, tag: next}, e.version())
+		e.learn(tagState{signed: signed{found: true, etag: etag, modified: b.clock.now()}, tag: next}, version)
 		there = b.tagOf(next)
 		return true, nil
 	})

@@ -328,3 +328,47 @@ func TestTagMemoryIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// after is a way to the bucket on which something happens behind the first write.
+type after struct {
+	*memory
+	then func()
+}
+
+func (a *after) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := a.memory.RoundTrip(r)
+	if then := a.then; r.Method == http.MethodPut && then != nil {
+		a.then = nil
+		then()
+	}
+	return resp, err
+}
+
+// TestOvertakenPut: another host publishes behind this host's write, and this host learns of that first: its own
+// record, when it hears of it, is not the newest, and no replay either.
+func TestOvertakenPut(t *testing.T) {
+	credentials(t)
+	way := &after{memory: &memory{}}
+	a, err := newBucket(Config{Bucket: "fleet", Prefix: prefix, Endpoint: "http://bucket.test", PathStyle: true, Keys: [][]byte{fleetKey}}, way)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	b := way.connect(t)
+	one, two := digest.FromString("1"), digest.FromString("2")
+	way.then = func() {
+		if _, err := b.PutTag(t.Context(), latest, Tag{Digest: two, ValidatedAt: time.Now().Add(time.Second)}); err != nil {
+			t.Error(err)
+		}
+		a.Forget(latest)
+		if got, err := a.Tag(t.Context(), latest); err != nil || got.Digest != two {
+			t.Errorf("meanwhile: %+v, %v", got, err)
+		}
+	}
+	if _, err := a.PutTag(t.Context(), latest, Tag{Digest: one, ValidatedAt: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := a.Tag(t.Context(), latest); err != nil || got.Digest != two {
+		t.Errorf("after: %+v, %v", got, err)
+	}
+}
