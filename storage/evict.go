@@ -149,7 +149,7 @@ func (x *index) take(i id, v *victim) {
 			own := x.manifests[need]
 			switch {
 			case x.nodes[need].needed > 0:
-			case own != nil && slices.ContainsFunc(own.tags, func(k tagKey) bool { _, of := subjectOf(k.tag); return !of }):
+			case own != nil && slices.ContainsFunc(own.tags, func(k tagKey) bool { _, of := oci.SubjectOf(k.tag); return !of }):
 				x.rank(need) // it has a name of its own
 			default:
 				x.take(need, v)

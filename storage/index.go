@@ -6,7 +6,6 @@ import (
 	"maps"
 	"math"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -290,7 +289,7 @@ func (x *index) Tagged(key tagKey, t Tag) bool {
 	if now != (tagged{none, none}) {
 		x.tags[key] = now
 	}
-	if subject, ok := subjectOf(key.tag); ok && now.current != none {
+	if subject, ok := oci.SubjectOf(key.tag); ok && now.current != none {
 		first, _ := sumOf(subject)
 		x.refer(first, now.current)
 	}
@@ -309,18 +308,6 @@ func (x *index) untag(key tagKey) {
 			m.tags = slices.DeleteFunc(m.tags, func(k tagKey) bool { return k == key })
 		}
 	}
-}
-
-// subjectOf is what a tag like sha256-<hex>.sig is a signature of: how signatures were kept before
-// registries knew referrers (distribution-spec, "Referrers Tag Schema"; cosign).
-func subjectOf(tag string) (digest.Digest, bool) {
-	algorithm, rest, ok := strings.Cut(tag, "-")
-	if !ok {
-		return "", false
-	}
-	encoded, _, _ := strings.Cut(rest, ".")
-	dgst, err := oci.ParseDigest(algorithm + ":" + encoded)
-	return dgst, err == nil
 }
 
 // Pulled makes images the last to go.
@@ -473,7 +460,7 @@ func (x *index) Finish() {
 		}
 	}
 	for key, t := range x.tags {
-		if subject, ok := subjectOf(key.tag); ok && t.current != none {
+		if subject, ok := oci.SubjectOf(key.tag); ok && t.current != none {
 			first, _ := sumOf(subject)
 			x.refer(first, t.current)
 		}

@@ -149,6 +149,18 @@ func validName(s string) bool {
 
 func isLowerAlnum(c byte) bool { return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' }
 
+// SubjectOf is what a tag like sha256-<hex>.sig is a signature of: how signatures were kept before
+// registries knew referrers (distribution-spec, "Referrers Tag Schema"; cosign).
+func SubjectOf(tag string) (digest.Digest, bool) {
+	algorithm, rest, ok := strings.Cut(tag, "-")
+	if !ok {
+		return "", false
+	}
+	encoded, _, _ := strings.Cut(rest, ".")
+	dgst, err := ParseDigest(algorithm + ":" + encoded)
+	return dgst, err == nil
+}
+
 // ParseDigest accepts sha256 and sha512 in their one canonical form, lower-case hex of the full
 // length. go-digest panics on what was not checked so; behind this, nothing is left to check.
 // Its error is a DIGEST_INVALID.

@@ -1,19 +1,14 @@
 package s3
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
-
-	"breakwater/pkg/oci"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
@@ -56,7 +51,7 @@ type Collected struct {
 	Bytes, RemovedBytes int64 // of them
 	Uploads             int   // multipart uploads that nobody goes on with; aborted with [Delete]
 	Unknown             int   // objects that this package has not stored; they stay
-	Unsigned            int   // records that the keys do not verify, of tags and of who refers to what: what they name stays too
+	Unsigned            int   // records that other keys have signed: what they name stays too
 }
 
 // collection is one run.
@@ -66,17 +61,25 @@ type collection struct {
 	cutoff time.Time // by the bucket's clock: what was modified later stays
 	found  Collected
 	needed map[digest.Digest]bool
+	// signatures are what old tags name by which something is found that refers to a digest: needed if that is.
+	signatures map[digest.Digest][]digest.Digest
+
+	mu     sync.Mutex // guards broken
+	broken []error    // objects of which it cannot be told what they need
 }
 
 // Collect removes blobs that no tag's record needs, and the records of content that is not needed,
 // if they are older than the grace: and leases and uploads that were left. A tag needs its manifest,
-// all that it lists, and what is known to refer to those; a manifest with a young record needs the same.
-// Other hosts may go on publishing. It ends, with an error and nothing deleted, if any record or manifest cannot be read.
+// all that it lists, and what is known to refer to those; a manifest with a young record needs the same. A tag
+// by which signatures and the like are found (sha256-<hex>.sig) is needed if its subject is, or if it names its
+// subject itself.
+// Other hosts may go on publishing. It ends, with an error and nothing deleted, if any record or manifest cannot
+// be read, or is wrong when it is read a second time: the error names all that are.
 func (b *Bucket) Collect(ctx context.Context, opts CollectOptions) (Collected, error) {
 	if opts.Grace < minGrace {
 		return Collected{}, fmt.Errorf("collect: a grace of %s is less than %s", opts.Grace, minGrace)
 	}
-	c := &collection{Bucket: b, opts: opts, needed: map[digest.Digest]bool{}}
+	c := &collection{Bucket: b, opts: opts, needed: map[digest.Digest]bool{}, signatures: map[digest.Digest][]digest.Digest{}}
 	if opts.Delete == Delete {
 		lease, err := b.Lease(ctx, collectLease)
 		if err != nil {
@@ -107,6 +110,10 @@ func (c *collection) run(ctx context.Context) error {
 	}
 	if err := c.markReferring(ctx, records); err != nil {
 		return err
+	}
+	if len(c.broken) > 0 {
+		return fmt.Errorf("nothing was removed, since it cannot be told what these need. Pull the image through a mirror that does not hold it yet, "+
+			"which replaces what is wrong, or delete them by hand, and what only they name goes with them:\n%w", errors.Join(c.broken...))
 	}
 	for _, folder := range []string{blobsFolder, leasesFolder} {
 		more, err := c.list(ctx, folder)
@@ -162,164 +169,10 @@ func (c *collection) progress() {
 // over reports whether the grace is over.
 func (c *collection) over(modified time.Time) bool { return modified.Before(c.cutoff) }
 
-// mark finds what is needed.
-func (c *collection) mark(ctx context.Context, records []listed) error {
-	var roots []digest.Digest
-	for len(records) > 0 {
-		some := records[:min(batch, len(records))]
-		records = records[len(some):]
-		found := make([]digest.Digest, len(some))
-		unsigned := make([]bool, len(some))
-		if err := each(ctx, len(some), func(ctx context.Context, i int) (err error) {
-			found[i], unsigned[i], err = c.root(ctx, some[i])
-			return err
-		}); err != nil {
-			return err
-		}
-		for i, dgst := range found {
-			if unsigned[i] {
-				c.found.Unsigned++
-			}
-			if dgst != "" && !c.needed[dgst] {
-				c.needed[dgst] = true
-				roots = append(roots, dgst)
-			}
-		}
-		c.progress()
-	}
-	return c.walk(ctx, roots)
-}
-
-// markReferring finds what refers to what is needed, which is needed too, and what refers to that.
-func (c *collection) markReferring(ctx context.Context, records []listed) error {
-	records = slices.DeleteFunc(slices.Clone(records), func(l listed) bool { return l.kind != referringRecord })
-	for {
-		var some []listed
-		records = slices.DeleteFunc(records, func(l listed) bool {
-			take := c.needed[l.dgst] && len(some) < batch
-			if take {
-				some = append(some, l)
-			}
-			return take
-		})
-		if len(some) == 0 {
-			return nil
-		}
-		found, unsigned := make([]referring, len(some)), make([]bool, len(some))
-		if err := each(ctx, len(some), func(ctx context.Context, i int) error {
-			rec, err := c.read(ctx, some[i].name, "", &found[i])
-			if unsigned[i] = rec.wrong != nil; unsigned[i] { // as with tags: the keys may be the wrong ones
-				found[i] = referring{}
-				_, body, _ := bytes.Cut(rec.raw, []byte("\n"))
-				_ = json.Unmarshal(body, &found[i])
-			}
-			return err
-		}); err != nil {
-			return err
-		}
-		var roots []digest.Digest
-		for i, r := range found {
-			if unsigned[i] {
-				c.found.Unsigned++
-			}
-			index, err := oci.ParseManifest("", r.Index, digest.SHA256)
-			if err != nil {
-				continue // it names nothing
-			}
-			for _, desc := range index.Manifests {
-				if !c.needed[desc.Digest] {
-					c.needed[desc.Digest] = true
-					roots = append(roots, desc.Digest)
-				}
-			}
-		}
-		if err := c.walk(ctx, roots); err != nil {
-			return err
-		}
-	}
-}
-
-// root returns the manifest that a record needs, "" if it needs none.
-func (c *collection) root(ctx context.Context, l listed) (dgst digest.Digest, unsigned bool, err error) {
-	switch {
-	case l.kind == tagRecord:
-		var tag published
-		rec, err := c.read(ctx, l.name, "", &tag)
-		if err != nil || !rec.found {
-			return "", false, err
-		}
-		if rec.wrong != nil { // the keys may be the wrong ones, and nothing is lost if the record is
-			return unsignedRoot(rec.raw), true, nil
-		}
-		return tag.Digest, false, nil
-	case l.kind == contentRecord && !c.over(l.modified):
-		var record content
-		rec, err := c.read(ctx, l.name, "", &record)
-		if err != nil || !rec.found || rec.wrong != nil || record.MediaType == "" {
-			return "", false, err
-		}
-		return l.dgst, false, nil
-	}
-	return "", false, nil
-}
-
-// walk adds all that these manifests reach.
-func (c *collection) walk(ctx context.Context, manifests []digest.Digest) error {
-	for len(manifests) > 0 {
-		some := manifests[:min(batch, len(manifests))]
-		manifests = manifests[len(some):]
-		found := make([]oci.Manifest, len(some))
-		if err := each(ctx, len(some), func(ctx context.Context, i int) (err error) {
-			found[i], err = c.manifest(ctx, some[i])
-			return err
-		}); err != nil {
-			return err
-		}
-		for _, m := range found {
-			for _, desc := range m.Blobs {
-				c.needed[desc.Digest] = true
-			}
-			for _, desc := range m.Manifests {
-				if !c.needed[desc.Digest] {
-					c.needed[desc.Digest] = true
-					manifests = append(manifests, desc.Digest)
-				}
-			}
-		}
-		c.progress()
-	}
-	return nil
-}
-
-// manifest reads one. What is not there, or cannot be one, reaches nothing.
-func (c *collection) manifest(ctx context.Context, dgst digest.Digest) (oci.Manifest, error) {
-	body, err := c.Blob(ctx, dgst, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return oci.Manifest{}, nil
-	}
-	if err != nil {
-		return oci.Manifest{}, err
-	}
-	defer body.Close()
-	if body.Size > oci.MaxManifest {
-		return oci.Manifest{}, nil
-	}
-	raw, err := io.ReadAll(body)
-	if err != nil {
-		return oci.Manifest{}, err
-	}
-	m, err := oci.ParseManifest("", raw, dgst.Algorithm())
-	if err != nil || m.Digest != dgst {
-		c.log.Warn("not a manifest, though a record names it", "digest", dgst, "err", err)
-		return oci.Manifest{}, nil
-	}
-	return m, nil
-}
-
 // sweep removes what is neither needed nor young: records before the blobs that they tell of.
 func (c *collection) sweep(ctx context.Context, all []listed) error {
 	all = slices.DeleteFunc(all, func(l listed) bool {
-		return l.kind == tagRecord || l.kind == versionObject || c.needed[l.dgst] || !c.over(l.modified)
+		return l.kind == tagRecord && l.dgst == "" || l.kind == versionObject || c.needed[l.dgst] || !c.over(l.modified)
 	})
 	for len(all) > 0 {
 		some := all[:min(batch, len(all))]

@@ -405,6 +405,152 @@ func TestCollectReferring(t *testing.T) {
 	}
 }
 
+// TestCollectSignatures: what a tag names by which signatures are found stays as long as their subject, and goes with
+// it, its own record too. One that names its subject is a tag as any other.
+func TestCollectSignatures(t *testing.T) {
+	server := buckettest.Start(t)
+	b := open(t, server)
+	at := func(subject registrytest.Image, suffix string) oci.Reference {
+		return tagged("sha256-" + subject.Digest().Encoded() + suffix)
+	}
+	image, pinned := registrytest.NewImage(registrytest.Layer(1, 500)), registrytest.NewImage(registrytest.Layer(2, 500))
+	signature := registrytest.NewImage(registrytest.Layer(3, 500))
+	statement := registrytest.NewImage(registrytest.Layer(4, 500)) // of the signature
+	young := registrytest.NewImage(registrytest.Layer(5, 500))     // its subject is not in the bucket
+	elsewhere := registrytest.NewImage(registrytest.Layer(6, 500))
+	for ref, image := range map[oci.Reference]registrytest.Image{
+		tagged("v1"): image, at(pinned, ""): pinned, at(image, ".sig"): signature, at(signature, ".att"): statement, at(elsewhere, ".sig"): young,
+	} {
+		if err := publish(t.Context(), b, ref, image); err != nil {
+			t.Fatal(err)
+		}
+	}
+	server.Put(prefix+versionName, []byte("1\n"))
+	collect := func() []string {
+		t.Helper()
+		for _, name := range server.Names("") {
+			server.Age(name, 3*minGrace)
+		}
+		server.Age(prefix+tagName(at(elsewhere, ".sig")), time.Minute)
+		if got, err := b.Collect(t.Context(), CollectOptions{Grace: minGrace, Delete: Delete}); err != nil {
+			t.Fatal(got, err)
+		}
+		return server.Names("")
+	}
+	record := func(ref oci.Reference) string { return prefix + tagName(ref) }
+	stay := sorted(names(pinned), names(young), []string{prefix + versionName, record(at(pinned, "")), record(at(elsewhere, ".sig"))})
+	want := sorted(stay, names(image), names(signature), names(statement), []string{record(tagged("v1")), record(at(image, ".sig")), record(at(signature, ".att"))})
+	if diff := cmp.Diff(want, collect()); diff != "" {
+		t.Errorf("needed: %s", diff)
+	}
+	server.Remove(record(tagged("v1")))
+	if diff := cmp.Diff(stay, collect()); diff != "" {
+		t.Errorf("not needed any more: %s", diff)
+	}
+}
+
+// TestCollectWrongBit: one wrong bit of what says what is needed deletes nothing: on its way it is asked for once
+// more, and in the bucket it ends the run, naming the object.
+func TestCollectWrongBit(t *testing.T) {
+	image := registrytest.NewImage(registrytest.Layer(2, 1000))
+	sbom := registrytest.NewImage(registrytest.Layer(3, 1000)).Referring(image, "application/sbom")
+	timestamp := registrytest.NewImage(registrytest.Layer(4, 1000)).Referring(sbom, "application/timestamp")
+	young := registrytest.NewImage(registrytest.Layer(5, 1000))
+	foreign := registrytest.NewImage(registrytest.Layer(6, 1000))
+	for what, name := range map[string]string{
+		"a manifest":              blobName(image.Digest()),
+		"a tag's record":          tagName(tagged("v1")),
+		"a record of referrers":   referringName(app, image.Digest()),
+		"a young manifest's one":  publicName(young.Digest()),
+		"another key's tag":       tagName(tagged("v2")),
+		"another key's referrers": referringName(app, sbom.Digest()),
+	} {
+		server := buckettest.Start(t)
+		b := open(t, server)
+		other := open(t, server, func(c *Config) { c.Keys = [][]byte{secondKey} })
+		for i, image := range []registrytest.Image{image, sbom, timestamp, young, foreign} {
+			if err := publish(t.Context(), b, tagged([]string{"v1", "", "", "", ""}[i]), image); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := other.PutTag(t.Context(), tagged("v2"), Tag{Digest: foreign.Digest(), ValidatedAt: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.PutReferring(t.Context(), app, image.Digest(), Referring{Index: registrytest.NewIndex(sbom).Raw, ValidatedAt: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		if err := other.PutReferring(t.Context(), app, sbom.Digest(), Referring{Index: registrytest.NewIndex(timestamp).Raw, ValidatedAt: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range server.Names("") {
+			server.Age(name, 3*minGrace)
+		}
+		server.Age(prefix+publicName(young.Digest()), time.Minute)
+		before := server.Names("")
+		raw := server.Get(prefix + name)
+		for _, at := range []int{0, 25, 40, 120, len(raw) - 40} {
+			once := true
+			heal := server.Fault(registrytest.Match{Method: http.MethodGet, Path: name}, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+				if !once {
+					next.ServeHTTP(w, r)
+					return
+				}
+				once = false
+				registrytest.FlipBit(int64(at))(w, r, next)
+			})
+			_, err := open(t, server).Collect(t.Context(), CollectOptions{Grace: minGrace, Delete: Delete})
+			heal()
+			if diff := cmp.Diff(before, server.Names("")); err != nil || once || diff != "" {
+				t.Errorf("%s, bit %d, on its way: %v, asked %v: %s", what, 8*at, err, !once, diff)
+			}
+			if what == "another key's referrers" {
+				continue // where no key tells, what is named is what is needed
+			}
+			flipped := bytes.Clone(raw)
+			flipped[at] ^= 1
+			server.Put(prefix+name, flipped)
+			_, err = open(t, server).Collect(t.Context(), CollectOptions{Grace: minGrace, Delete: Delete})
+			if diff := cmp.Diff(before, server.Names("")); diff != "" || err != nil && !strings.Contains(err.Error(), prefix+name) {
+				t.Errorf("%s, bit %d, in the bucket: %v: %s", what, 8*at, err, diff)
+			}
+			if what == "a manifest" && err == nil {
+				t.Errorf("%s, bit %d, in the bucket: no error", what, 8*at)
+			}
+			server.Put(prefix+name, raw)
+			server.Age(prefix+name, 3*minGrace)
+			server.Age(prefix+publicName(young.Digest()), time.Minute)
+		}
+	}
+}
+
+// TestCollectGoesOn: who deletes the broken object that a run has named is not stuck.
+func TestCollectGoesOn(t *testing.T) {
+	server := buckettest.Start(t)
+	b := open(t, server)
+	image := registrytest.NewImage(registrytest.Layer(1, 1000))
+	if err := publish(t.Context(), b, tagged("v1"), image); err != nil {
+		t.Fatal(err)
+	}
+	broken := []string{prefix + blobName(image.Digest()), prefix + tagName(tagged("v2"))}
+	for _, name := range broken {
+		server.Put(name, []byte("broken"))
+	}
+	for _, name := range server.Names("") {
+		server.Age(name, 3*minGrace)
+	}
+	opts := CollectOptions{Grace: minGrace, Delete: Delete}
+	got, err := b.Collect(t.Context(), opts)
+	for _, name := range broken {
+		if err == nil || got.Removed != 0 || !strings.Contains(err.Error(), name) {
+			t.Errorf("%+v, %v", got, err)
+		}
+		server.Remove(name)
+	}
+	if got, err := b.Collect(t.Context(), opts); err != nil || got.Removed == 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestNamesAreParsed(t *testing.T) {
 	long := digest.SHA512.FromString("x")
 	hub := oci.Repository{Registry: "docker.io", Name: "library/alpine"}
@@ -415,7 +561,10 @@ func TestNamesAreParsed(t *testing.T) {
 		publicName(long):             {contentRecord, long},
 		privateName(hub, someDigest): {contentRecord, someDigest},
 		referringName(port, long):    {referringRecord, long},
-		tagName(oci.Reference{Repository: port, Tag: "v1"}): {kind: tagRecord},
+		tagName(oci.Reference{Repository: port, Tag: "v1"}):                                      {kind: tagRecord},
+		tagName(oci.Reference{Repository: port, Tag: "sha256-" + someDigest.Encoded() + ".sig"}): {tagRecord, someDigest},
+		tagName(oci.Reference{Repository: port, Tag: "sha256-" + someDigest.Encoded()}):          {tagRecord, someDigest},
+		tagName(oci.Reference{Repository: port, Tag: "sha256-abc"}):                              {kind: tagRecord},
 		leaseName("x"):                                         {kind: leaseObject},
 		versionName:                                            {kind: versionObject},
 		"blobs/md5/" + someDigest.Encoded():                    {},

@@ -60,7 +60,7 @@ func leaseName(name string) string {
 // object is what an object is by its name.
 type object struct {
 	kind kind
-	dgst digest.Digest // of blobs, of records of content, and of who is referred to
+	dgst digest.Digest // of blobs, of records of content, and of who is referred to, by a record or by a tag
 }
 
 type kind int
@@ -105,7 +105,8 @@ func parseName(name string) object {
 			return object{referringRecord, digestOf(last)}
 		}
 		if what == tagsFolder && oci.ValidTag(last) {
-			return object{kind: tagRecord}
+			subject, _ := oci.SubjectOf(last)
+			return object{tagRecord, subject}
 		}
 	}
 	return object{}

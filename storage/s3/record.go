@@ -18,7 +18,6 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
-	"github.com/opencontainers/go-digest"
 )
 
 // maxRecord bounds what is read of a record. Most have some hundred bytes; who refers to a manifest, and the parts of
@@ -69,6 +68,9 @@ func (k keyring) seal(name string, v storable) ([]byte, error) {
 	return fmt.Appendf(nil, "%s %s %x\n%s\n", recordMark, key.id, key.sign(name, append(body, '\n')), body), nil
 }
 
+// errOtherKey is why a record is not taken that may be right.
+var errOtherKey = errors.New("is signed with a key that is not the fleet's")
+
 // open decodes a record, and returns which of the keys has signed it for this name.
 func (k keyring) open(name string, raw []byte, v storable) (signingKey, error) {
 	none := signingKey{}
@@ -94,7 +96,7 @@ func (k keyring) open(name string, raw []byte, v storable) (signingKey, error) {
 		}
 		return key, v.check()
 	}
-	return none, fmt.Errorf("is signed with a key %.20q that is not the fleet's", id)
+	return none, fmt.Errorf("%w: %.20q", errOtherKey, id)
 }
 
 // signed is a record as it was found.
@@ -199,16 +201,6 @@ func (b *Bucket) write(ctx context.Context, name string, v storable, c condition
 		return "", fmt.Errorf("write %s: %w", name, err)
 	}
 	return aws.ToString(out.ETag), nil
-}
-
-// unsignedRoot is what a tag's record names that is not signed; "" if it is none at all.
-func unsignedRoot(raw []byte) digest.Digest {
-	var tag published
-	_, body, _ := bytes.Cut(raw, []byte("\n"))
-	if json.Unmarshal(body, &tag) != nil || tag.check() != nil {
-		return ""
-	}
-	return tag.Digest
 }
 
 // errNone is for records that are not there, or ignored.
