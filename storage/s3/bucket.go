@@ -109,19 +109,20 @@ func (c *Config) check() error {
 
 // Bucket is the shared store. Its methods may be called by many goroutines at once.
 type Bucket struct {
-	cfg    Config
-	log    *slog.Logger
-	client *s3.Client
-	wire   *wire
-	clock  *clock
-	keys   keyring
-	reads  *gate
-	writes *gate
-	bodies chan struct{} // of blobs that are on their way: they take no turn from what is small
-	tags   *tagMemory
-	wrong  *distrusted
-	chunks buffers // of ranges that are read ahead
-	parts  buffers // of multipart uploads
+	cfg     Config
+	log     *slog.Logger
+	client  *s3.Client
+	wire    *wire
+	clock   *clock
+	keys    keyring
+	reads   *gate
+	writes  *gate
+	bodies  chan struct{} // of blobs that are on their way: they take no turn from what is small
+	tags    *tagMemory
+	wrong   *distrusted
+	misread *distrusted // whose records may be wrong
+	chunks  buffers     // of ranges that are read ahead
+	parts   buffers     // of multipart uploads
 
 	stop  context.CancelFunc
 	ctx   context.Context // of all that goes on by itself, until stop
@@ -152,17 +153,18 @@ func newBucket(cfg Config, transport http.RoundTripper) (*Bucket, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	b := &Bucket{
-		cfg:    cfg,
-		log:    cfg.Logger.With("bucket", cfg.Bucket),
-		clock:  &clock{},
-		keys:   newKeyring(cfg.Keys),
-		tags:   newTagMemory(tagEntries),
-		wrong:  &distrusted{},
-		chunks: newBuffers(readAhead, rangeSize),
-		parts:  newBuffers(maxParts, partSize),
-		bodies: make(chan struct{}, maxBodies),
-		ctx:    ctx,
-		stop:   stop,
+		cfg:     cfg,
+		log:     cfg.Logger.With("bucket", cfg.Bucket),
+		clock:   &clock{},
+		keys:    newKeyring(cfg.Keys),
+		tags:    newTagMemory(tagEntries),
+		wrong:   &distrusted{},
+		misread: &distrusted{},
+		chunks:  newBuffers(readAhead, rangeSize),
+		parts:   newBuffers(maxParts, partSize),
+		bodies:  make(chan struct{}, maxBodies),
+		ctx:     ctx,
+		stop:    stop,
 	}
 	b.wire = &wire{next: transport, clock: b.clock}
 	b.reads = b.newGate("reads", maxReads, b.probeReads)

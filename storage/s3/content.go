@@ -44,19 +44,20 @@ type content struct {
 	Upstream    string    `json:"upstream,omitempty"`
 	Credential  string    `json:"credential,omitempty"`
 	Repository  string    `json:"repository,omitempty"` // of public content
-	PartSize    int64     `json:"part_size,omitempty"`  // another one than ours is no use
-	Parts       [][]byte  `json:"part_tags,omitempty"`
+	Parts       *partTags `json:"parts,omitempty"`
 }
 
 func (c *content) check() error {
 	if c.Size < 0 || c.ConfirmedAt.IsZero() {
 		return fmt.Errorf("size is %d, confirmed at %s", c.Size, c.ConfirmedAt)
 	}
-	if c.PartSize != PartSize {
-		c.Parts = nil
+	if c.Parts == nil {
+		return nil
 	}
-	if want := (c.Size + PartSize - 1) / PartSize; c.Parts != nil && int64(len(c.Parts)) != want {
-		return fmt.Errorf("%d parts of %d bytes", len(c.Parts), c.Size)
+	if c.Parts.Layout != partsLayout || !hasParts(c.Size) {
+		c.Parts = nil
+	} else if len(c.Parts.Salt) != saltSize || int64(len(c.Parts.Tags)) != tagSize*partsBefore(c.Size) {
+		return fmt.Errorf("%d bytes tell the parts of %d", len(c.Parts.Tags), c.Size)
 	}
 	return nil
 }
@@ -94,11 +95,11 @@ func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.D
 			found := Content{c.Size, c.MediaType, b.clock.here(c.ConfirmedAt), c.Upstream, c.Credential,
 				oci.Repository{Registry: registry, Name: in}, name == publicName(dgst), nil}
 			if c.Parts != nil {
-				mac, err := rec.key.partsKey(dgst)
+				mac, err := rec.key.partsKey(dgst, c.Parts.Salt)
 				if err != nil {
 					return Content{}, err
 				}
-				found.parts = &parts{mac, c.Parts}
+				found.parts = &parts{*c.Parts, mac}
 			}
 			return found, nil
 		}
@@ -109,7 +110,8 @@ func (b *Bucket) Content(ctx context.Context, repo oci.Repository, dgst digest.D
 // PutContent publishes how a blob or a manifest is reached: by everybody if c is public, else by this
 // repository. A record that says the same already is left as it is, but renewed if Collect might
 // take it soon, or if it was signed with a key that is on its way out. From is the content, which is only read for
-// what no record tells yet: by what it is verified in parts (see PartSize).
+// what no record tells yet, or one by which wrong bytes were found (see Distrust): by what it is verified in parts. It
+// is ErrWrong, and nothing is published, if it was read and is not what its digest says.
 func (b *Bucket) PutContent(ctx context.Context, repo oci.Repository, dgst digest.Digest, c Content, from io.Reader) error {
 	if err := b.writable(); err != nil {
 		return err
@@ -143,12 +145,12 @@ func (b *Bucket) putContent(ctx context.Context, name string, dgst digest.Digest
 		return false, err
 	}
 	current := rec.found && rec.wrong == nil && !rec.oldKey && old.Size == c.Size
-	told := current && (old.Parts != nil || !hasParts(c.Size))
+	told := current && (!hasParts(c.Size) || old.Parts != nil && !b.misread.has(dgst))
 	aging := rec.found && b.old(rec.modified)
 	if told && old.MediaType == c.MediaType && !aging {
 		return true, nil
 	}
-	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, "", PartSize, nil}
+	next := content{c.Size, c.MediaType, b.clock.there(c.ConfirmedAt), c.Upstream, c.Credential, "", nil}
 	if c.Public {
 		next.Repository = c.Repository.String()
 	}
@@ -161,7 +163,7 @@ func (b *Bucket) putContent(ctx context.Context, name string, dgst digest.Digest
 				return false, err
 			}
 		}
-		next.Parts = c.parts.tags
+		next.Parts = &c.parts.partTags
 	}
 	if next.ConfirmedAt.IsZero() {
 		next.ConfirmedAt = b.clock.now()

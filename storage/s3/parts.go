@@ -5,44 +5,87 @@ import (
 	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// PartSize is how much of a blob is verified at a time: nothing of a part is given out before all of it is
-// known to be right, so that a bucket that lies costs no client its download.
-const PartSize = 8 << 20
+// A blob is verified in parts: nothing of a part is given out before all of it is known to be right, so that a bucket
+// that lies costs no client its download. The first are small, so that a slow bucket gives something soon; they grow
+// with what lies before them, and do not depend on the blob's size, which who opens one does not know yet. A part is
+// what a download holds in memory: 1 MiB, and beyond 2 GiB, where more of them would not fit into a record, 4 MiB.
+const (
+	firstPart = 64 << 10
+	longPart  = 1 << 20
+	lastPart  = 4 << 20
+	lastParts = 2 << 30 // where those begin
+	// partsLayout is that of these numbers: the parts of another one are no use.
+	partsLayout = 2
+)
 
 const (
 	// wholeSize is up to where content is verified by its digest, as one part: who publishes it need not read it.
-	wholeSize = 256 << 10
-	// maxRecordParts bounds the parts of a record: of larger blobs nothing is verified before the whole is.
-	maxRecordParts = 2048
+	wholeSize = firstPart
+	// maxPartsSize is of the largest blob whose parts fit into a record: of larger ones nothing is verified before
+	// the whole is.
+	maxPartsSize = 16 << 30
+	// tagSize and saltSize are in bytes.
+	tagSize  = 16
+	saltSize = 16
 )
 
-// ErrWrong is the error of bytes that are not what the record of their blob says.
+// ErrWrong is the error of bytes that are not what their digest, or the record of their blob, says.
 var ErrWrong = errors.New("wrong bytes")
 
+// partAt is how long the part is in which an offset lies, if the blob does not end before.
+func partAt(offset int64) int64 {
+	switch {
+	case offset < firstPart:
+		return firstPart
+	case offset < longPart: // each is as long as all before it
+		return 1 << (bits.Len64(uint64(offset)) - 1)
+	case offset < lastParts:
+		return longPart
+	}
+	return lastPart
+}
+
+// partsBefore is how many parts begin before an offset.
+func partsBefore(offset int64) (n int64) {
+	for at := int64(0); at < offset; at += partAt(at) {
+		n++
+	}
+	return n
+}
+
 // hasParts reports whether content of that size is verified in parts.
-func hasParts(size int64) bool { return size > wholeSize && size <= maxRecordParts*PartSize }
+func hasParts(size int64) bool { return size > wholeSize && size <= maxPartsSize }
+
+// partTags are the parts of a blob as they are published.
+type partTags struct {
+	Layout int    `json:"layout"`
+	Salt   []byte `json:"salt"`
+	Tags   []byte `json:"tags"` // of all parts, in order
+}
 
 // parts tell the bytes of a blob right from wrong, piece by piece, by a GMAC of each (NIST SP 800-38D). Its digest
 // vouches for the whole, as always, so that this need not be the second hash of every byte: it takes an eighth of the
 // time.
 type parts struct {
-	mac  cipher.AEAD
-	tags [][]byte
+	partTags
+	mac cipher.AEAD
 }
 
-// partsKey is for one blob, which has one content, in parts of one size: so no nonce, the number of a part, is ever
-// used for two.
-func (k signingKey) partsKey(dgst digest.Digest) (cipher.AEAD, error) {
-	key, err := hkdf.Key(sha256.New, k.secret, nil, fmt.Sprintf("breakwater-parts 1\n%d\n%s", PartSize, dgst), 32)
+// partsKey is for one reading of one blob, of which the salt is: so no nonce, the offset of a part, is ever used for
+// two messages, not even if that blob was read wrong once.
+func (k signingKey) partsKey(dgst digest.Digest, salt []byte) (cipher.AEAD, error) {
+	key, err := hkdf.Key(sha256.New, k.secret, salt, fmt.Sprintf("breakwater-parts %d\n%s", partsLayout, dgst), 32)
 	if err != nil {
 		return nil, err
 	}
@@ -53,27 +96,35 @@ func (k signingKey) partsKey(dgst digest.Digest) (cipher.AEAD, error) {
 	return cipher.NewGCM(block)
 }
 
-// tag is what a part has to have.
-func (p *parts) tag(number int64, raw []byte) []byte {
+// tag is what the part that begins at an offset has to have.
+func (p *parts) tag(at int64, raw []byte) []byte {
 	nonce := make([]byte, p.mac.NonceSize())
-	binary.BigEndian.PutUint64(nonce, uint64(number))
+	binary.BigEndian.PutUint64(nonce, uint64(at))
 	return p.mac.Seal(nil, nonce, nil, raw)
 }
 
-// partsOf are those of a blob that can be read.
+// partsOf are those of a blob that can be read. It is ErrWrong if that is not what its digest says: nobody signs for
+// what is wrong on his disk.
 func (k signingKey) partsOf(dgst digest.Digest, blob io.Reader, size int64) (*parts, error) {
-	mac, err := k.partsKey(dgst)
-	if err != nil {
+	p := &parts{partTags: partTags{Layout: partsLayout, Salt: make([]byte, saltSize)}}
+	_, _ = rand.Read(p.Salt) // never fails
+	var err error
+	if p.mac, err = k.partsKey(dgst, p.Salt); err != nil {
 		return nil, err
 	}
-	p := &parts{mac: mac}
-	buf := make([]byte, min(size, PartSize))
-	for at := int64(0); at < size; at += PartSize {
-		part := buf[:min(size-at, PartSize)]
+	hash := dgst.Algorithm().Hash()
+	buf := make([]byte, min(size, partAt(size)))
+	for at := int64(0); at < size; {
+		part := buf[:min(size-at, partAt(at))]
 		if _, err := io.ReadFull(blob, part); err != nil {
 			return nil, fmt.Errorf("read a part: %w", err)
 		}
-		p.tags = append(p.tags, p.tag(at/PartSize, part))
+		hash.Write(part)
+		p.Tags = append(p.Tags, p.tag(at, part)...)
+		at += int64(len(part))
+	}
+	if sum := digest.NewDigest(dgst.Algorithm(), hash); sum != dgst {
+		return nil, fmt.Errorf("this host's copy of %s is %s: %w", dgst, sum, ErrWrong)
 	}
 	return p, nil
 }
@@ -84,6 +135,7 @@ type vouched struct {
 	content Content
 	dgst    digest.Digest
 	at      int64  // of the next part
+	number  int64  // of it
 	skip    int64  // bytes of it that were not asked for
 	buf     []byte // of a part
 	ready   []byte // verified, and not given out yet
@@ -91,7 +143,7 @@ type vouched struct {
 }
 
 // Aligned is where a blob has to be opened that is to be read from offset on, verified.
-func Aligned(offset int64) int64 { return offset - offset%PartSize }
+func Aligned(offset int64) int64 { return offset - offset%partAt(offset) }
 
 // Verified is a blob that was opened at Aligned(offset), from offset on, as the record vouches for it. A
 // record that is older than its parts vouches for none: then it is given out as it comes.
@@ -100,7 +152,7 @@ func (c Content) Verified(dgst digest.Digest, blob io.ReadCloser, offset int64) 
 	if c.Size > wholeSize && c.parts == nil {
 		return &rest{ReadCloser: blob, skip: offset - at}
 	}
-	return &vouched{ReadCloser: blob, content: c, dgst: dgst, at: at, skip: offset - at}
+	return &vouched{ReadCloser: blob, content: c, dgst: dgst, at: at, number: partsBefore(at), skip: offset - at}
 }
 
 func (v *vouched) Read(p []byte) (int, error) {
@@ -117,11 +169,11 @@ func (v *vouched) Read(p []byte) (int, error) {
 
 // next reads a part whole.
 func (v *vouched) next() error {
-	n := min(v.content.Size-v.at, PartSize)
+	n := min(v.content.Size-v.at, partAt(v.at))
 	if n == 0 {
 		return io.EOF
 	}
-	if v.buf == nil {
+	if int64(len(v.buf)) < n {
 		v.buf = make([]byte, n)
 	}
 	part := v.buf[:n]
@@ -135,6 +187,7 @@ func (v *vouched) next() error {
 		return fmt.Errorf("%s: bytes %d to %d: %w", v.dgst, v.at, v.at+n-1, ErrWrong)
 	}
 	v.at += n
+	v.number++
 	v.ready, v.skip = part[v.skip:], 0
 	return nil
 }
@@ -143,8 +196,8 @@ func (v *vouched) isRight(part []byte) bool {
 	if v.content.parts == nil {
 		return v.dgst.Algorithm().FromBytes(part) == v.dgst
 	}
-	number := v.at / PartSize
-	return hmac.Equal(v.content.parts.tags[number], v.content.parts.tag(number, part))
+	p, from := v.content.parts, v.number*tagSize
+	return hmac.Equal(p.Tags[from:from+tagSize], p.tag(v.at, part))
 }
 
 // rest leaves out what was not asked for.

@@ -170,10 +170,15 @@ type distrusted struct {
 }
 
 // Distrust is for a blob that was read and is not what its digest says: for 10 minutes it is
-// fs.ErrNotExist here, and the next PutBlob or Upload replaces it.
+// fs.ErrNotExist here, and the next PutBlob or Upload replaces it. As long, each PutContent writes its record anew,
+// since that may be what is wrong.
 func (b *Bucket) Distrust(dgst digest.Digest) {
 	b.log.Warn("the shared store has wrong bytes", "digest", dgst)
-	d := b.wrong
+	b.wrong.add(dgst)
+	b.misread.add(dgst)
+}
+
+func (d *distrusted) add(dgst digest.Digest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.until == nil {
