@@ -113,7 +113,7 @@ func checkConfig(t *testing.T, rendered map[string]any) {
 		text += seen.Data["breakwater.yaml"]
 		daemons = daemons || seen.Kind == "DaemonSet"
 		for _, c := range append(seen.Spec.Template.Spec.Containers, seen.Spec.Template.Spec.InitContainers...) {
-			environ := []string{"BREAKWATER_DATA=/var/lib/breakwater"} // the image's own
+			environ := []string{"STATE_DIRECTORY=/var/lib/breakwater"} // the image's own
 			for _, v := range c.Env {
 				environ = append(environ, v.Name+"="+v.Value)
 			}

@@ -9,6 +9,11 @@ what is in `config`, by the mirror itself. */}}
 {{- if .Values.config.data -}}
 {{- fail "config.data: the store is mounted at /var/lib/breakwater; take it away, and write its place on the node as data.path" -}}
 {{- end -}}
+{{- range .Values.env -}}
+{{- if hasPrefix "BREAKWATER_" .name -}}
+{{- fail (printf "env: %s overrides the configuration for the mirror alone, and not for what points containerd at it; write it in config" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (not $hostNetwork) (include "breakwater.onLoopback" $listen) -}}
 {{- fail (printf "config.listen: nobody reaches %s in a network of the pod's own; take it away, or write 0.0.0.0:5000" $listen) -}}
 {{- end -}}

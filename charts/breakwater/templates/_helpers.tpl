@@ -97,7 +97,9 @@ labels:
 {{- else if eq .Values.expose "nodePort" -}}
 {{- printf "%s://127.0.0.1:%v" $scheme .Values.nodePort -}}
 {{- else if eq .Values.expose "hostPort" -}}
-{{- printf "%s://%s:%v" $scheme (ternary "127.0.0.1" .Values.hostPort.ip (eq .Values.hostPort.ip "0.0.0.0")) (include "breakwater.hostPort" .) -}}
+{{- $ip := .Values.hostPort.ip -}}
+{{- $near := ternary "127.0.0.1" $ip (has $ip (list "0.0.0.0" "::")) -}}
+{{- printf "%s://%s:%v" $scheme (ternary (printf "[%s]" $near) $near (contains ":" $near)) (include "breakwater.hostPort" .) -}}
 {{- else -}}
 {{- $near := include "breakwater.near" $listen -}}
 {{- printf "%s://%s:%s" $scheme (ternary (printf "[%s]" $near) $near (contains ":" $near)) (include "breakwater.port" $listen) -}}

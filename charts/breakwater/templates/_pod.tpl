@@ -64,28 +64,18 @@ spec:
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       restartPolicy: Always
       args:
-        - setup
-        - containerd
-        - --config
-        - /etc/breakwater/breakwater.yaml
-        - --mirror
-        - {{ include "breakwater.url" . | quote }}
-        - --certs-d
-        - {{ .Values.containerd.certsD | quote }}
-        - --existing
-        - {{ .Values.containerd.existing }}
-        {{- if .Values.containerd.referrers }}
-        - --referrers
-        {{- end }}
-        {{- if .Values.ca.secret }}
-        - --ca
-        - {{ include "breakwater.ca" . }}
-        {{- end }}
-        {{- if .Values.containerd.authorization.secret }}
-        - --authorization
-        - {{ printf "/etc/breakwater/authorization/%s" .Values.containerd.authorization.key | quote }}
-        {{- end }}
+        {{- include "breakwater.setup" . | nindent 8 }}
         - --hold
+      # What has changed is written within 30 s.
+      readinessProbe:
+        exec:
+          command:
+            - /usr/bin/breakwater
+            {{- include "breakwater.setup" . | nindent 12 }}
+            - --check
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 5
       {{- with include "breakwater.addresses" . | trim }}
       env:
         {{- . | nindent 8 }}
@@ -187,6 +177,31 @@ spec:
     {{- end }}
   {{- end }}
   {{- end }}
+{{- end -}}
+
+{{/* How containerd is told of the mirror. */}}
+{{- define "breakwater.setup" -}}
+- setup
+- containerd
+- --config
+- /etc/breakwater/breakwater.yaml
+- --mirror
+- {{ include "breakwater.url" . | quote }}
+- --certs-d
+- {{ .Values.containerd.certsD | quote }}
+- --existing
+- {{ .Values.containerd.existing }}
+{{- if .Values.containerd.referrers }}
+- --referrers
+{{- end }}
+{{- if .Values.ca.secret }}
+- --ca
+- {{ include "breakwater.ca" . }}
+{{- end }}
+{{- if .Values.containerd.authorization.secret }}
+- --authorization
+- {{ printf "/etc/breakwater/authorization/%s" .Values.containerd.authorization.key | quote }}
+{{- end }}
 {{- end -}}
 
 {{- define "breakwater.env" -}}
