@@ -246,16 +246,20 @@ func (p *publisher) isKnown(ref oci.Reference) bool {
 // upload writes a blob to the bucket while a fill brings it, so that other hosts of the fleet, which know by
 // the lease that it comes, need not ask an upstream.
 func (p *publisher) upload(f *fill, ref oci.Reference, lease *s3.Lease) {
+	select {
+	case p.uploads <- struct{}{}:
+	default: // it goes with its image; whoever saw the lease would wait for nothing
+		p.release(lease)
+		return
+	}
 	if !p.m.sharing.start(func(ctx context.Context) {
-		defer p.release(lease)
-		if p.uploads.take(ctx) != nil {
-			return // it goes with its image
-		}
 		defer p.uploads.leave()
+		defer p.release(lease)
 		if err := p.follow(ctx, f, ref); err != nil && ctx.Err() == nil {
 			p.m.logger.Debug("blob not published while it came", "repository", ref.Repository, "digest", ref.Digest, "err", err)
 		}
 	}) {
+		p.uploads.leave()
 		p.release(lease)
 	}
 }
