@@ -299,7 +299,10 @@ func TestSharedReadOnly(t *testing.T) {
 	a := h.host(shared)
 	h.pulls(a, "v1", image)
 	h.published(a, "v1", image.Digest())
-	h.eventually("all is published", func() bool { return a.mirror.completions.count() == 0 && a.mirror.fleet.publish.count() == 0 })
+	h.eventually("all is published, and its leases are given back", func() bool {
+		isLease := func(name string) bool { return strings.Contains(name, "leases/") }
+		return a.mirror.completions.count() == 0 && a.mirror.fleet.publish.count() == 0 && !slices.ContainsFunc(h.bucket.Names(""), isLease)
+	})
 	b := h.hostIn(t.TempDir(), shared, h.open(s3.Config{ReadOnly: true}))
 	cfg := *b.mirror.cfg.Load()
 	cfg.Shared.ReadOnly = true

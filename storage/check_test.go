@@ -166,6 +166,7 @@ func TestDoubtOutlivesACleanStop(t *testing.T) {
 			}
 			for range 2 {
 				d = open(t, dir)
+				later() // or what is verified now could be from before
 				wantBlob(t, d, app, blobs[0])
 				wantBlob(t, d, app, blobs[1])
 				if n := d.Usage().Verified; n != want {
