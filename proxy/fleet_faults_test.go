@@ -196,10 +196,10 @@ func TestF41Queue(t *testing.T) {
 // TestF41SlowBodies: a bucket whose headers come and whose bodies drip, or stall, costs one wait of 2 s, and what
 // it has is had from the upstream; with every upstream out it is had from the bucket all the same.
 func TestF41SlowBodies(t *testing.T) {
-	for name, fault := range map[string]registrytest.Fault{"drip": registrytest.Drip(64<<10, time.Second), "stall": registrytest.Stall(1000)} {
+	for name, fault := range map[string]registrytest.Fault{"drip": registrytest.Drip(16<<10, time.Second), "stall": registrytest.Stall(1000)} {
 		t.Run(name, func(t *testing.T) {
 			h := newHosts(t)
-			image := h.push("v1", 571, 300<<10, 301<<10, 302<<10, 303<<10)
+			image := h.push("v1", 571, 80<<10, 81<<10, 82<<10, 83<<10)
 			a := h.host(shared)
 			h.pulls(a, "v1", image)
 			h.published(a, "v1", image.Digest())
