@@ -27,7 +27,9 @@ func TestSharedNoLeaseWithoutUpload(t *testing.T) {
 	begun := time.Now()
 	go func() { got <- a.get(app + "/blobs/" + blob.Digest.String()) }()
 	h.eventually("a may fetch it for the fleet", func() bool { return h.bucket.Count(buckettest.Leases) > leases })
-	h.eventually("the lease is released", func() bool { return h.bucket.Count(buckettest.Leases) > leases+1 && len(h.bucket.Names("leases/")) == 0 })
+	h.eventually("the lease is released", func() bool {
+		return h.bucket.Count(buckettest.Leases) > leases+1 && len(h.bucket.Names("leases/")) == 0
+	})
 	if took := time.Since(begun); took > headerBudget/2 {
 		t.Errorf("others were told for %v that it comes", took)
 	}
