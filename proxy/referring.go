@@ -224,7 +224,7 @@ func (p *publisher) writeReferring(ctx context.Context, subject oci.Reference) e
 		index, err = oci.ParseManifest("", answer.Body, digest.SHA256)
 	}
 	if err != nil || len(answer.Body) > s3.MaxReferring {
-		p.published(subject) // there is nothing to tell
+		p.forgetAsked(subject) // there is nothing to tell
 		return nil
 	}
 	for _, desc := range index.Manifests[:min(len(index.Manifests), maxReferring)] {
@@ -246,12 +246,12 @@ func (p *publisher) writeReferring(ctx context.Context, subject oci.Reference) e
 	if err := p.bucket.PutReferring(ctx, subject.Repository, subject.Digest, said); err != nil {
 		return fmt.Errorf("what refers to %s: %w", subject, err)
 	}
-	p.published(subject)
+	p.forgetAsked(subject)
 	return nil
 }
 
-// published is for what needs not be told any more.
-func (p *publisher) published(subject oci.Reference) {
+// forgetAsked is for a manifest of which nothing is left to be published that upstreams said.
+func (p *publisher) forgetAsked(subject oci.Reference) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.asked, subject)
