@@ -14,6 +14,7 @@ import (
 	"breakwater/pkg/buckettest"
 	"breakwater/pkg/oci"
 	"breakwater/pkg/registrytest"
+	"breakwater/storage"
 	"breakwater/storage/s3"
 
 	"github.com/opencontainers/go-digest"
@@ -44,7 +45,13 @@ func (h *hosts) host(yaml string) *rig {
 // hostIn is a mirror with that data folder, of before or not, and that view of the bucket.
 func (h *hosts) hostIn(dir, yaml string, bucket *s3.Bucket) *rig {
 	h.Helper()
-	r := &rig{T: h.T, network: registrytest.NewNetwork(), quay: h.quay, dir: dir, shared: bucket}
+	return h.hostOn(storage.Config{}, dir, yaml, bucket)
+}
+
+// hostOn is hostIn with a disk that may fail.
+func (h *hosts) hostOn(disk storage.Config, dir, yaml string, bucket *s3.Bucket) *rig {
+	h.Helper()
+	r := &rig{T: h.T, network: registrytest.NewNetwork(), quay: h.quay, dir: dir, disk: disk, shared: bucket}
 	h.Cleanup(r.shared.Close)
 	h.Cleanup(func() { _ = r.network.Close() })
 	h.quay.Serve(h.T, r.network, "quay.test:80")

@@ -161,6 +161,9 @@ func (m *Mirror) Close(ctx context.Context) {
 	m.filling.stop(ctx)
 	m.asking.stop(ctx)
 	m.sharing.stop(ctx)
+	if m.fleet != nil {
+		m.fleet.publish.writeJournal() // what has been added since its own goroutine ended
+	}
 	m.pool.Close()
 }
 

@@ -40,7 +40,7 @@ var errContested = errors.New("another host was told otherwise")
 
 // publisher writes to the shared store what this host knows and the fleet does not: blobs first, then
 // manifests, then the tag's record, so that a record never names what is not there. All of it goes on behind;
-// what waits is on the disk too, and outlives the process.
+// what waits is in a journal on the disk too, and outlives the process.
 type publisher struct {
 	*fleet
 	wake    chan struct{} // there is something new
@@ -50,25 +50,26 @@ type publisher struct {
 	mu      sync.Mutex // guards what follows
 	waiting map[oci.Reference]*publication
 	queue   publications
+	journal journal
 	known   map[oci.Reference]time.Time // what is in the bucket, and when it was last seen to be
 	asked   map[oci.Reference]bool      // manifests of which upstreams have said who refers to them
 }
 
 func newPublisher(f *fleet) *publisher {
 	return &publisher{fleet: f, wake: make(chan struct{}, publishers), uploads: make(slots, maxUploads),
-		waiting: map[oci.Reference]*publication{}, known: map[oci.Reference]time.Time{}, asked: map[oci.Reference]bool{}}
+		waiting: map[oci.Reference]*publication{}, journal: newJournal(),
+		known: map[oci.Reference]time.Time{}, asked: map[oci.Reference]bool{}}
 }
 
 // start takes up what the last process has left, and publishes until the mirror closes.
 func (p *publisher) start() {
 	p.m.sharing.start(p.bucket.Probe)
-	p.m.sharing.start(func(context.Context) {
-		if err := p.m.store.Unpublished(func(ref oci.Reference) { p.add(ref, nil) }); err != nil {
-			p.m.logger.Warn("what an earlier process has not published is not known", "err", err)
-		}
+	p.m.sharing.start(func(ctx context.Context) {
+		p.readJournal()
 		for range publishers {
 			p.m.sharing.start(p.run)
 		}
+		p.runJournal(ctx)
 	})
 }
 
@@ -86,10 +87,11 @@ func (p *publisher) tag(ref oci.Reference, lease *s3.Lease) {
 		p.release(lease)
 		return
 	}
-	if !known {
-		p.note(ref)
+	if known { // a renewal, which is not worth a file
+		p.add(ref, lease)
+		return
 	}
-	p.add(ref, lease)
+	p.addLasting(ref, lease)
 }
 
 // image has a manifest published with all that it needs, unless the fleet has it. ref is by digest.
@@ -97,8 +99,7 @@ func (p *publisher) image(ref oci.Reference) {
 	if p.m.cfg.Load().Shared.ReadOnly || p.isKnown(ref) {
 		return
 	}
-	p.note(ref)
-	p.add(ref, nil)
+	p.addLasting(ref, nil)
 }
 
 // replace has content published again that the bucket has wrong.
@@ -108,19 +109,6 @@ func (p *publisher) replace(ref oci.Reference) {
 	p.mu.Unlock()
 	if !p.m.cfg.Load().Shared.ReadOnly {
 		p.add(ref, nil)
-	}
-}
-
-// note has it outlive the process.
-func (p *publisher) note(ref oci.Reference) {
-	p.mu.Lock()
-	_, waits := p.waiting[ref]
-	p.mu.Unlock()
-	if waits {
-		return
-	}
-	if err := p.m.store.NoteUnpublished(ref); err != nil {
-		p.m.logNotStored("cannot note what has to be published", err, "repository", ref.Repository, "reference", ref.Identifier())
 	}
 }
 

@@ -12,13 +12,14 @@ import (
 
 // publication is a tag, a manifest or a blob on its way to the bucket.
 type publication struct {
-	ref    oci.Reference
-	since  time.Time
-	due    time.Time
-	tries  int
-	leases []*s3.Lease // to be released once it has been tried
-	place  int         // in the queue; -1 if it is not in it
-	again  bool        // something has changed while it was being published
+	ref     oci.Reference
+	since   time.Time
+	due     time.Time
+	tries   int
+	leases  []*s3.Lease // to be released once it has been tried
+	place   int         // in the queue; -1 if it is not in it
+	again   bool        // something has changed while it was being published
+	lasting bool        // it outlives the process
 }
 
 // publications are a heap by when they are due.
@@ -48,22 +49,27 @@ func (ps *publications) Pop() any {
 
 // add puts something into the queue, to be done now.
 func (p *publisher) add(ref oci.Reference, lease *s3.Lease) {
-	if dropped := p.enqueue(ref, lease); dropped != nil {
-		p.dropped.Add(1)
-		p.forget(dropped.ref)
-	}
-}
-
-// enqueue returns what has had to go for it.
-func (p *publisher) enqueue(ref oci.Reference, lease *s3.Lease) (dropped *publication) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.enqueue(ref, lease)
+}
+
+// addLasting is add for what the next process has to do if this one does not come to it.
+func (p *publisher) addLasting(ref oci.Reference, lease *s3.Lease) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.enqueue(ref, lease).lasting = true
+	p.compare(ref)
+}
+
+// enqueue drops the first of a queue that is full. The lock is held.
+func (p *publisher) enqueue(ref oci.Reference, lease *s3.Lease) *publication {
 	now := time.Now()
 	w := p.waiting[ref]
 	if w == nil {
 		if len(p.queue) >= maxUnpublished {
-			dropped = p.queue[0]
-			p.leave(dropped)
+			p.leave(p.queue[0])
+			p.dropped.Add(1)
 		}
 		w = &publication{ref: ref, since: now, place: -1}
 		p.waiting[ref] = w
@@ -81,22 +87,16 @@ func (p *publisher) enqueue(ref oci.Reference, lease *s3.Lease) (dropped *public
 	case p.wake <- struct{}{}:
 	default:
 	}
-	return dropped
+	return w
 }
 
-// forget has the next process know nothing of it.
-func (p *publisher) forget(ref oci.Reference) {
-	if err := p.m.store.ForgetUnpublished(ref); err != nil {
-		p.m.logger.Debug("what was published is noted as not", "repository", ref.Repository, "reference", ref.Identifier(), "err", err)
-	}
-}
-
-// leave forgets a publication. The lock is held.
+// leave has a publication wait no more, here and in the journal. The lock is held.
 func (p *publisher) leave(w *publication) {
 	if w.place >= 0 {
 		heap.Remove(&p.queue, w.place)
 	}
 	delete(p.waiting, w.ref)
+	p.compare(w.ref)
 	p.releaseAll(w)
 }
 
@@ -156,14 +156,8 @@ func await(ctx context.Context, pause time.Duration, wake <-chan struct{}) {
 	}
 }
 
-// settle decides how it goes on with what has been tried.
+// settle puts what has been tried into the queue again, or has it leave.
 func (p *publisher) settle(w *publication, err error) {
-	if p.isOver(w, err) {
-		p.forget(w.ref)
-	}
-}
-
-func (p *publisher) isOver(w *publication, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -172,7 +166,7 @@ func (p *publisher) isOver(w *publication, err error) bool {
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
-		return false // the next process goes on
+		// the next process goes on
 	case err != nil && now.Sub(w.since) < publishFor:
 		if !errors.Is(err, errIncomplete) {
 			p.m.logger.Debug("not published yet", "repository", w.ref.Repository, "reference", w.ref.Identifier(), "err", err)
@@ -189,12 +183,10 @@ func (p *publisher) isOver(w *publication, err error) bool {
 			w.tries++
 		}
 		heap.Push(&p.queue, w)
-		return false
 	case err == nil && w.again:
 		w.due, w.tries, w.since = now, 0, now
 		heap.Push(&p.queue, w)
-		return false
+	default:
+		p.leave(w)
 	}
-	p.leave(w)
-	return true
 }

@@ -14,7 +14,8 @@ import (
 const maxReference = 1 << 10
 
 // NoteUnpublished notes that a tag or a manifest has to be written to the shared store: a process that is
-// killed leaves that to the next one. A power cut may undo it; then the next pull asks for it again.
+// killed leaves that to the next one. A power cut may undo it; then the next pull asks for it again. It takes as
+// long as the disk does: nothing that a client waits for may call it.
 func (d *Disk) NoteUnpublished(ref oci.Reference) error {
 	file, err := d.unpublished.openFile(callCreate, journalName(ref), os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err == nil {
@@ -33,7 +34,8 @@ func (d *Disk) ForgetUnpublished(ref oci.Reference) error {
 	return d.wrote("record", 0, err)
 }
 
-// Unpublished calls do for all that NoteUnpublished has noted and that was not taken back.
+// Unpublished calls do for all that NoteUnpublished has noted and that was not taken back. Neither may be called
+// before it returns: what is being noted looks like what was written by half.
 func (d *Disk) Unpublished(do func(oci.Reference)) error {
 	return d.unpublished.each(".", func(e fs.DirEntry) error {
 		file, info, err := d.openFile(d.unpublished, e.Name())
