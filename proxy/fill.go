@@ -181,30 +181,36 @@ func (m *Mirror) runFill(ctx context.Context, f *fill) {
 
 // openShared opens the blob at the bucket, or at an upstream if the bucket does not have it or takes its time.
 func (m *Mirror) openShared(ctx context.Context, f *fill, sources []*source) (*body, *source, error) {
-	isShared := func(src *source) bool { return src.client == nil }
-	upstreams := slices.DeleteFunc(slices.Clone(sources), isShared)
-	if m.fleet.lag.isOn() {
-		return m.openBody(ctx, slices.Concat(upstreams, slices.DeleteFunc(slices.Clone(sources), func(src *source) bool { return !isShared(src) })), f.tryOpen(m))
+	var shared, upstreams []*source
+	for _, src := range sources {
+		if src.client == nil {
+			shared = append(shared, src)
+		} else {
+			upstreams = append(upstreams, src)
+		}
 	}
-	shared, late := m.fleet.fetch(ctx, f, sources)
-	if shared == nil {
+	if m.fleet.lag.isOn() {
+		return m.openBody(ctx, slices.Concat(upstreams, shared), f.tryOpen(m))
+	}
+	o, late := m.fleet.fetch(ctx, f, shared)
+	if o == nil {
 		return m.openBody(ctx, upstreams, f.tryOpen(m))
 	}
 	if !late {
-		body, err := shared.take(ctx)
-		return body, shared.src, err
+		body, err := o.take(ctx)
+		return body, o.src, err
 	}
-	body, src, err := m.openBody(ctx, append(upstreams, shared.src), func(ctx context.Context, src *source) (*body, error) {
-		if src == shared.src {
-			return shared.take(ctx)
+	body, src, err := m.openBody(ctx, append(upstreams, o.src), func(ctx context.Context, src *source) (*body, error) {
+		if src == o.src {
+			return o.take(ctx)
 		}
 		return f.tryOpen(m)(ctx, src)
 	})
 	switch {
 	case err != nil:
-		shared.drop()
-	case src != shared.src:
-		m.fleet.overtaken(shared)
+		o.drop()
+	case src != o.src:
+		m.fleet.overtaken(o)
 	}
 	return body, src, err
 }

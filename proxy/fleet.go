@@ -296,11 +296,8 @@ func (f *fleet) offers(tag oci.Reference, m oci.Manifest) bool {
 
 // fetch opens a fill's blob as the fleet has it: nil if it does not have it, and late if it takes its time. If
 // nobody else of the fleet is about to fetch it, this host does so for all of them.
-func (f *fleet) fetch(ctx context.Context, fill *fill, sources []*source) (o *opening, late bool) {
-	for _, src := range sources {
-		if src.client != nil {
-			continue
-		}
+func (f *fleet) fetch(ctx context.Context, fill *fill, shared []*source) (o *opening, late bool) {
+	for _, src := range shared {
 		come := func() bool {
 			o = f.begin(ctx, fill, src)
 			late = o.isLate(ctx, fleetTime)
