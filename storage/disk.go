@@ -183,7 +183,7 @@ type Policy struct {
 // Use makes the policy the one in force: also for what is stored already.
 func (d *Disk) Use(p Policy) {
 	d.policy.Store(&p)
-	d.manifests.entries.Purge()
+	d.manifests.clear()
 }
 
 // behind runs what goes on behind the requests. A panic there must not end them: it is logged, and begun

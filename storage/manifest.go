@@ -228,6 +228,12 @@ func (c *manifestCache) remove(dgst digest.Digest) {
 	}
 }
 
+func (c *manifestCache) clear() {
+	c.changing.Lock()
+	defer c.changing.Unlock()
+	c.entries.Purge()
+}
+
 func (c *manifestCache) pulled(key manifestKey) {
 	now := time.Now()
 	c.mu.Lock()

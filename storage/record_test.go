@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"reflect"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,7 +30,7 @@ func latest(t *testing.T, d *Disk) Tag {
 // forget empties what is in memory, as a restart does.
 func (d *Disk) forget() {
 	d.tags.entries.Purge()
-	d.manifests.entries.Purge()
+	d.manifests.clear()
 }
 
 func TestPrivateContentStaysInItsRepository(t *testing.T) {
@@ -150,6 +151,42 @@ func TestPublicByPolicy(t *testing.T) {
 	d = open(t, dir)
 	use()
 	check("after a restart", app, other)
+}
+
+// TestPolicyBesideReads changes the policy, as a SIGHUP does, while manifests are read into memory.
+func TestPolicyBesideReads(t *testing.T) {
+	d := open(t, t.TempDir())
+	var manifests []digest.Digest
+	for range 8 {
+		m, _ := image(t)
+		if err := d.PutManifest(app, m, anonymous); err != nil {
+			t.Fatal(err)
+		}
+		manifests = append(manifests, m.Digest)
+	}
+	var readers sync.WaitGroup
+	for range 2 {
+		readers.Go(func() {
+			for i := range 200 {
+				if _, err := d.Manifest(app, manifests[i%len(manifests)]); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		readers.Wait()
+	}()
+	for {
+		select {
+		case <-done:
+			return
+		default:
+			d.Use(Policy{})
+		}
+	}
 }
 
 func TestConfirmRefusesWhatIsNotStored(t *testing.T) {
