@@ -10,7 +10,9 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"breakwater/pkg/config"
@@ -251,19 +253,19 @@ func TestKeepFollowsTheConfiguration(t *testing.T) {
 	})
 }
 
-// logLines counts what is logged.
+// logLines counts what is logged, by requests at the same time too.
 type logLines struct {
 	slog.Handler
-	n *int
+	n *atomic.Int64
 }
 
-func (l logLines) Handle(context.Context, slog.Record) error { *l.n++; return nil }
+func (l logLines) Handle(context.Context, slog.Record) error { l.n.Add(1); return nil }
 
 func (logLines) Enabled(context.Context, slog.Level) bool { return true }
 
 func TestKeeperLogsChangesOnly(t *testing.T) {
 	bubble(t, oneUpstream, func(r *rig) {
-		n := 0
+		var n atomic.Int64
 		r.mirror.logger = slog.New(logLines{slog.DiscardHandler, &n})
 		cfg := config.Keep{Image: "quay.test/org/app:latest", Platforms: []string{"linux/amd64"}}
 		ref, err := cfg.Reference()
@@ -272,20 +274,21 @@ func TestKeeperLogsChangesOnly(t *testing.T) {
 		}
 		k := &keeper{m: r.mirror, cfg: cfg, ref: ref}
 		down := errors.New("down")
-		for i, want := range []int{1, 1, 1} {
-			if k.look(down); n != want {
-				r.Errorf("failing for the %d. time: %d lines", i+1, n)
+		for i, want := range []int64{1, 1, 1} {
+			if k.look(down); n.Load() != want {
+				r.Errorf("failing for the %d. time: %d lines", i+1, n.Load())
 			}
 		}
 		r.quay.Push("org/app", "latest", storedImage)
 		r.pull("latest", storedImage)
+		synctest.Wait() // until the access lines are written
 		for i, tt := range []struct {
 			failed error
-			want   int // lines
+			want   int64 // lines
 		}{{nil, 1}, {nil, 0}, {down, 1}, {down, 0}, {nil, 1}, {nil, 0}} {
-			n = 0
-			if k.look(tt.failed); n != tt.want {
-				r.Errorf("%d. %v: %d lines, want %d", i, tt.failed, n, tt.want)
+			n.Store(0)
+			if k.look(tt.failed); n.Load() != tt.want {
+				r.Errorf("%d. %v: %d lines, want %d", i, tt.failed, n.Load(), tt.want)
 			}
 		}
 	})
